@@ -1,0 +1,48 @@
+"""F2PAD in JAX: pixel-accurate anomaly segmentation from feature-based detectors."""
+
+from f2pad_jax.backbones import Backbone as Backbone
+from f2pad_jax.backbones import load_backbone as load_backbone
+from f2pad_jax.detectors.base import AbstractDetector as AbstractDetector
+from f2pad_jax.detectors.fit import fit_patchcore as fit_patchcore
+from f2pad_jax.detectors.patchcore import PatchCore as PatchCore
+from f2pad_jax.errors import (
+    CheckpointError as CheckpointError,
+)
+from f2pad_jax.errors import (
+    F2padError as F2padError,
+)
+from f2pad_jax.errors import (
+    ImageError as ImageError,
+)
+from f2pad_jax.errors import (
+    ModelError as ModelError,
+)
+from f2pad_jax.inpaint import harmonic as harmonic
+from f2pad_jax.models import load_detector as load_detector
+from f2pad_jax.models import save_detector as save_detector
+from f2pad_jax.objective import Problem as Problem
+from f2pad_jax.prior import PixelPrior as PixelPrior
+from f2pad_jax.prior import fit_prior as fit_prior
+from f2pad_jax.refine import Refined as Refined
+from f2pad_jax.refine import refine as refine
+from f2pad_jax.settings import Settings as Settings
+from f2pad_jax.solvers import (
+    GradientSharing as GradientSharing,
+)
+from f2pad_jax.solvers import (
+    Outcome as Outcome,
+)
+from f2pad_jax.solvers import (
+    Solver as Solver,
+)
+from f2pad_jax.solvers import (
+    bilateral_sharing as bilateral_sharing,
+)
+from f2pad_jax.solvers import (
+    scale_by_adan as scale_by_adan,
+)
+from f2pad_jax.solvers import (
+    solve as solve,
+)
+
+__version__ = "0.1.0"

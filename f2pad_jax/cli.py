@@ -1,0 +1,231 @@
+"""The command ``f2pad``: demo, fit, refine."""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import f2pad_jax
+from f2pad_jax.errors import F2padError, ImageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (0, or 2 after an error told in one line)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except F2padError as error:
+        print(f"f2pad: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"f2pad: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("f2pad: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="f2pad", description="Pixel-accurate anomaly segmentation (F2PAD in JAX).")
+    parser.add_argument("--version", action="version", version=f"f2pad-jax {f2pad_jax.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="fit and refine on three real textures, and compare with the coarse masks")
+    demo.add_argument(
+        "--out", type=Path, default=Path("f2pad-demo"), help="folder for gallery.png and summary.json (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of crops, defects and coreset (%(default)s)")
+    demo.set_defaults(run=_demo)
+
+    fit = commands.add_parser("fit", help="fit a detector on a folder of defect-free images")
+    fit.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
+    fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
+    fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
+    fit.add_argument("--seed", type=int, default=0, help="of coreset, prior and threshold (%(default)s)")
+    fit.set_defaults(run=_fit)
+
+    refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
+    refine.add_argument("model", type=Path, metavar="MODEL", help="model file written by 'f2pad fit'")
+    refine.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders searched for images"
+    )
+    refine.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for masks and pictures")
+    refine.set_defaults(run=_refine)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.demo import run_demo
+
+    _folder(arguments.out)
+    _use_compilation_cache()
+    print(_COMPILING)
+    with _progress() as progress:
+        summary = run_demo(arguments.out, seed=arguments.seed, progress=progress)
+    print(_demo_table(summary))
+    print(
+        f"compiling took {summary['compile_seconds']:.0f} s; {arguments.out / 'gallery.png'} shows the masks, "
+        f"{arguments.out / 'summary.json'} holds the figures"
+    )
+
+
+def _demo_table(summary: dict) -> str:
+    lines = [
+        f"{'category':10}  {'backbone IoU/DICE':>17}  {'refined IoU/DICE':>16}  {'steps':>5}  {'s/image':>7}",
+    ]
+    mean = {**summary, "steps": sum(c["steps"] for c in summary["categories"].values()) / len(summary["categories"])}
+    for name, c in [*summary["categories"].items(), ("mean", mean)]:
+        lines.append(
+            f"{name:10}  {c['before']['iou']:9.3f} / {c['before']['dice']:.3f}"
+            f"  {c['after']['iou']:8.3f} / {c['after']['dice']:.3f}"
+            f"  {c['steps']:5.0f}  {c['seconds_per_image']:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.backbones import load_backbone
+    from f2pad_jax.data.images import check_images, list_images, read_image
+    from f2pad_jax.detectors.fit import fit_patchcore
+    from f2pad_jax.models import save_detector
+
+    if not arguments.normal.is_dir():
+        raise ImageError(f"{arguments.normal}: no such folder")
+    if arguments.out.is_dir():
+        raise ImageError(f"{arguments.out}: is a folder; --out names the model file to write")
+    paths = [path for path, _ in list_images([arguments.normal])]
+    check_images(paths)
+    _use_compilation_cache()
+    backbone = load_backbone("efficientnet-lite0")
+    with _progress() as progress:
+        detector = fit_patchcore(
+            (read_image(path) for path in paths),
+            backbone,
+            size=(arguments.size, arguments.size),
+            seed=arguments.seed,
+            progress=progress,
+        )
+    save_detector(arguments.out, detector)
+    print(
+        f"{arguments.out}: fitted on {len(paths)} images; memory bank of {len(detector.memory_bank)} features, "
+        f"{len(detector.prior.means)} pixel components, threshold {float(detector.threshold):.2f} x the mean normal score"
+    )
+
+
+def _refine(arguments: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from f2pad_jax.checkpoints import write_atomically
+    from f2pad_jax.data.images import check_images, list_images, read_image, write_png
+    from f2pad_jax.evaluation.pictures import overlay
+    from f2pad_jax.models import load_detector
+
+    detector = load_detector(arguments.model)
+    found = list_images(arguments.images)
+    check_images(path for path, _ in found)
+    _folder(arguments.out)
+    _use_compilation_cache()
+    print(_COMPILING)
+    records, start = [], time.perf_counter()
+    with _progress() as progress:
+        progress("refining", 0, len(found))
+        for (path, _), stem in zip(found, _stems([relative for _, relative in found]), strict=True):
+            image, began = read_image(path), time.perf_counter()
+            result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image))
+            outcome = f2pad_jax.Outcome(int(result.outcome))
+            files = {kind: f"{stem}_{kind}.png" for kind in ("mask", "normal", "overlay")}
+            write_png(arguments.out / files["mask"], result.mask)
+            write_png(arguments.out / files["normal"], result.normal)
+            write_png(arguments.out / files["overlay"], overlay(image, result.mask))
+            records.append(
+                {
+                    "image": str(path),
+                    **files,
+                    "anomalous_pixels": int(result.mask.sum()),
+                    "anomalous_share": float(result.mask.mean()),
+                    "coarse_share": float(result.coarse_mask.mean()),
+                    "max_score": float(result.coarse_map.max()),
+                    "steps": int(result.steps),
+                    "objective": float(result.objective),
+                    "outcome": outcome.name.lower(),
+                    "message": outcome.message,
+                    "seconds": round(time.perf_counter() - began, 3),
+                }
+            )
+            progress("refining", len(records), len(found))
+    results = {"version": f2pad_jax.__version__, "model": str(arguments.model), "images": records}
+    write_atomically(arguments.out / "results.json", json.dumps(results, indent=2).encode())
+    anomalous = sum(record["anomalous_pixels"] > 0 for record in records)
+    print(
+        f"{len(records)} images in {time.perf_counter() - start:.0f} s: {anomalous} with an anomaly, "
+        f"{len(records) - anomalous} good; masks and results.json are in {arguments.out}"
+    )
+
+
+_COMPILING = (
+    "the first image of each window size waits for its program to compile (up to half a minute; kept for later runs)"
+)
+
+
+def _stems(paths: list[Path]) -> list[str]:
+    """A name without suffix for each file, with it where two would be the same."""
+    stems = [path.with_suffix("").as_posix() for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else path.as_posix().replace(".", "_")
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ImageError(f"two of the images would both be written as '{twice}'; refine their folders one at a time")
+    return names
+
+
+def _folder(path: Path) -> None:
+    """Make sure ``path`` is a folder, before hours of work find out that it can't be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ImageError(f"{path}: not a folder; --out names a folder to write to") from None
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache, so that the second run starts at once."""
+    import os
+
+    import jax
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator:
+    """A progress bar on standard error; yields a function of (stage, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

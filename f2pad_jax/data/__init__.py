@@ -1,0 +1,1 @@
+"""Images from folders, synthetic defects, and the demonstration's textures."""

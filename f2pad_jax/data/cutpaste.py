@@ -1,0 +1,71 @@
+"""Synthetic defects by cut-paste (paper, Eq. 16), with irregular shapes drawn from smooth noise."""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Bool, Float
+
+from f2pad_jax.units import STD
+
+FAR = 0.8
+"""Least distance between a pasted pixel and the one it covers, normalised intensity (L2 over channels)."""
+
+
+class Defective(NamedTuple):
+    """A synthetic defective image and its exact mask."""
+
+    image: Float[np.ndarray, "h w 3"]
+    mask: Bool[np.ndarray, "h w"]
+
+
+def irregular_shape(
+    rng: np.random.Generator, size: tuple[int, int], *, area: tuple[float, float] = (0.005, 0.06)
+) -> Bool[np.ndarray, "h w"]:
+    """One connected blob with a ragged outline, anywhere in the image.
+
+    Args:
+        rng: source of randomness.
+        size: height and width, pixels.
+        area: range of the blob's share of the image.
+    """
+    h, w = size
+    target = rng.uniform(*area) * h * w
+    radius = np.sqrt(target / np.pi)
+    # a random ellipse whose level set is disturbed by noise of a third of its radius
+    yy, xx = np.mgrid[:h, :w]
+    reach = min(1.3 * radius, 0.45 * min(h, w))
+    cy, cx = rng.uniform(reach, h - reach), rng.uniform(reach, w - reach)
+    angle, aspect = rng.uniform(0, np.pi), np.exp(rng.uniform(-0.6, 0.6))
+    u = ((yy - cy) * np.cos(angle) + (xx - cx) * np.sin(angle)) * np.sqrt(aspect)
+    v = (-(yy - cy) * np.sin(angle) + (xx - cx) * np.cos(angle)) / np.sqrt(aspect)
+    noise = scipy.ndimage.gaussian_filter(rng.standard_normal(size), max(radius / 3, 1.5))
+    field = np.hypot(u, v) / radius - 0.45 * noise / noise.std()
+    level = np.partition(field.ravel(), int(target))[int(target)]
+    parts = np.empty(size, np.int32)
+    scipy.ndimage.label(field < level, output=parts)
+    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return np.asarray(scipy.ndimage.binary_fill_holes(parts == largest))
+
+
+def paste_flat(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
+    """Eq. (16) with a random flat colour as the anomaly source, at least :data:`FAR` from every pixel it covers.
+
+    Departure: colours are drawn until one is far enough, at most 100 times, and else the farthest of them is taken; the
+    paper draws once and multiplies by "a desired factor".
+
+    Args:
+        rng: source of randomness.
+        normal: defect-free image in 0..1.
+        mask: where to paste.
+    """
+    best, colour = -1.0, None
+    for candidate in rng.uniform(0, 1, (100, 3)).astype(np.float32):
+        distance = np.linalg.norm((candidate - normal[mask]) / STD, axis=-1).min()
+        if distance > best:
+            best, colour = distance, candidate
+        if best >= FAR:
+            break
+    image = normal.copy()
+    image[mask] = colour
+    return Defective(image, mask)

@@ -1,0 +1,50 @@
+"""The demonstration's data: photographs of brick, grass and gravel from scikit-image, with defects pasted on them."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from f2pad_jax.data.cutpaste import Defective, irregular_shape, paste_flat
+from f2pad_jax.data.images import read_image
+from f2pad_jax.errors import ImageError
+
+NAMES = ("brick", "grass", "gravel")
+
+
+class Texture(NamedTuple):
+    """Crops of one photograph: the left half for training, the right half, with defects, for testing."""
+
+    name: str
+    train: list[UInt8[np.ndarray, "h w 3"]]
+    test: list[Defective]
+
+
+def load_texture(name: str, *, size: int = 224, num_train: int = 12, num_test: int = 4, seed: int = 0) -> Texture:
+    """One of :data:`NAMES`, cropped at native scale; no pixel is in both a training and a test crop.
+
+    Test crops carry one flat-colour defect each, Eq. (16), and are rounded to 8 bits like any camera image.
+
+    Raises:
+        ImageError: scikit-image is not installed.
+    """
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImageError("the demonstration's photographs come with scikit-image; run: pip install 'f2pad-jax[demo]'")
+    photo = read_image(Path(spec.submodule_search_locations[0]) / "data" / f"{name}.png")
+    height, width = photo.shape[:2]
+    rng = np.random.default_rng([seed, NAMES.index(name)])
+
+    def crops(left: int, right: int, count: int) -> list[UInt8[np.ndarray, "h w 3"]]:
+        tops = np.linspace(0, height - size, count).round().astype(int)
+        lefts = rng.integers(left, right - size, count, endpoint=True)
+        return [photo[y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
+
+    def defective(crop: UInt8[np.ndarray, "h w 3"]) -> Defective:
+        image, mask = paste_flat(rng, crop.astype(np.float32) / 255, irregular_shape(rng, (size, size)))
+        return Defective((image * 255).round().astype(np.uint8), mask)
+
+    train = crops(0, width // 2, num_train)
+    return Texture(name, train, [defective(crop) for crop in crops(width // 2, width, num_test)])

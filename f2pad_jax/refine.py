@@ -1,0 +1,227 @@
+"""``refine``: from coarse maps to pixel-accurate masks, Algorithm 1 of the paper."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from f2pad_jax import region as regions
+from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.inpaint import Inpainter, harmonic
+from f2pad_jax.objective import Problem, sparsity_weight
+from f2pad_jax.settings import Settings
+from f2pad_jax.solvers import Outcome, solve
+from f2pad_jax.units import denormalise, normalise, resized, to_unit
+
+WINDOWS = (64, 96, 128, 160, 192)
+"""Sides of the square windows solved in; the whole image where none holds the region."""
+
+
+class Refined(eqx.Module):
+    """One image's result at the image's own size; a batch has a leading axis everywhere."""
+
+    mask: Bool[Array, "*b h w"]
+    """Pixel-accurate anomaly mask."""
+    normal: Float[Array, "*b h w 3"]
+    """n, the image without its anomaly, in 0..1; bit-identical to the input outside the mask."""
+    anomaly: Float[Array, "*b h w 3"]
+    """a = x - n, in -1..1."""
+    coarse_map: Float[Array, "*b h w"]
+    """The detector's map, in units of the mean normal score."""
+    coarse_mask: Bool[Array, "*b h w"]
+    """m0: the map above the detector's threshold."""
+    region: Bool[Array, "*b h w"]
+    """Pixels that were allowed to change."""
+    steps: Int[Array, "*b"]
+    """Solver steps taken to find the mask (those of the re-estimation of n not counted)."""
+    objective: Float[Array, "*b"]
+    """Eq. (12) where the mask was found."""
+    outcome: Int[Array, "*b"]
+    """An :class:`~f2pad_jax.Outcome`."""
+
+
+class Coarse(eqx.Module):
+    """What the detector says of one image, at the detector's size."""
+
+    x: Float[Array, "h w 3"]
+    """Normalised intensity."""
+    anomaly_map: Float[Array, "h w"]
+    mask: Bool[Array, "h w"]
+    region: Bool[Array, "h w"]
+
+
+class Solved(eqx.Module):
+    """What the solver makes of it, at the detector's size."""
+
+    mask: Bool[Array, "h w"]
+    n: Float[Array, "h w 3"]
+    steps: Int[Array, ""]
+    objective: Float[Array, ""]
+    outcome: Int[Array, ""]
+
+
+def refine(
+    detector: AbstractDetector,
+    images: Shaped[Array | np.ndarray, "..."] | Sequence,
+    *,
+    settings: Settings | None = None,
+    inpaint: Inpainter = harmonic,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Refined:
+    """Segment anomalies to the pixel, and restore the image without them.
+
+    Pure and traceable: inside ``jax.jit`` (or any transform) the whole image is solved for. Called on concrete arrays, each
+    image is solved in the smallest window of :data:`WINDOWS` that holds its suspect region, which is several times faster;
+    one program is compiled per window size and kept. An image's result never depends on the others of its batch.
+
+    Args:
+        detector: a fitted detector.
+        images: ``(h, w)``, ``(h, w, 3)`` or ``(n, h, w, 3)``; uint8, uint16 or float in 0..1; any size. They are resized to
+            the detector's size and the results back; at the detector's own size nothing is resized.
+        settings: constants of the method.
+        inpaint: the first guess n0.
+        batch_size: images solved side by side by ``vmap``; default 1 on a CPU, 16 elsewhere.
+        progress: called on the host as (done, total).
+
+    Raises:
+        ImageError: the images have a wrong shape, dtype or range.
+    """
+    settings = Settings() if settings is None else settings
+    batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 16)
+    unit = to_unit(images)
+    batch = unit if unit.ndim == 4 else unit[None]
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, settings))):
+
+        def whole(image):
+            coarse = look(detector, image, settings)
+            return compose(image, coarse, solve_window(detector, coarse, settings, inpaint))
+
+        results = jax.lax.map(whole, batch, batch_size=batch_size)
+    else:
+        results = _refine_on_host(detector, batch, settings, inpaint, batch_size, progress)
+    return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
+
+
+def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings) -> Coarse:
+    """Coarse map, m0 and suspect region of an image in 0..1."""
+    x = normalise(resized(image, detector.size))
+    anomaly_map = detector.anomaly_map(x)
+    mask = anomaly_map > detector.threshold
+    return Coarse(x, anomaly_map, mask, regions.suspect_region(mask, settings.dilation))
+
+
+def solve_window(
+    detector: AbstractDetector,
+    coarse: Coarse,
+    settings: Settings,
+    inpaint: Inpainter = harmonic,
+    window: tuple[int, int] | None = None,
+) -> Solved:
+    """Algorithm 1 from the coarse result, inside a window of the given size (default: the whole image)."""
+    size = window or (coarse.x.shape[0], coarse.x.shape[1])
+    corner = regions.window_offset(coarse.region, size, detector.stride)
+
+    def crop(image: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (*corner, *[0] * (image.ndim - 2)), (*size, *image.shape[2:]))
+
+    x, region = crop(coarse.x), crop(coarse.region)
+    n0 = crop(inpaint(coarse.x, coarse.region))  # line 1
+    where = detector.locate(n0, corner)  # line 2
+    beta = sparsity_weight(Problem.make(detector, x, region, where, settings), n0, jnp.sum(coarse.mask), settings)
+
+    def phase(carry, beta_and_limit):
+        """Solve inside ``region``; the new mask is where |a| exceeds τ, lines 3-9."""
+        n, region = carry
+        beta, limit = beta_and_limit
+        solution = solve(Problem.make(detector, x, region, where, settings, beta), n, settings, limit)
+        mask = regions.opened(region & (jnp.linalg.norm(x - solution.n, axis=-1) > settings.tau))
+        return (solution.n, mask), (mask, solution)
+
+    # first the mask, then n again inside it with β = 0 (line 10): one program, run twice
+    phases = (jnp.stack([beta, jnp.zeros_like(beta)]), jnp.array([settings.max_steps, settings.restore_steps]))
+    _, (masks, solutions) = jax.lax.scan(phase, (n0, region), phases)
+    mask, first = masks[0], jax.tree.map(lambda leaf: leaf[0], solutions)
+    n = jnp.where(mask[..., None], solutions.n[1], x)
+    return Solved(
+        jax.lax.dynamic_update_slice(jnp.zeros_like(coarse.mask), mask, tuple(corner)),
+        jax.lax.dynamic_update_slice(coarse.x, n, (*corner, 0)),
+        first.steps,
+        first.objective,
+        first.outcome,
+    )
+
+
+def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Refined:
+    """Results at the size of ``image`` (0..1); masks are resized bilinearly and cut at one half."""
+    size = image.shape[:2]
+
+    def enlarged(values: Array) -> Array:
+        shape = (*size, *values.shape[2:])
+        return values if values.shape == shape else jax.image.resize(values, shape, "linear")
+
+    def enlarged_mask(mask: Bool[Array, "h w"], level: float = 0.5) -> Bool[Array, "h2 w2"]:
+        return enlarged(mask.astype(jnp.float32)) > level
+
+    mask = enlarged_mask(solved.mask)
+    normal = jnp.where(mask[..., None], jnp.clip(enlarged(denormalise(solved.n)), 0.0, 1.0), image)
+    return Refined(
+        mask=mask,
+        normal=normal,
+        anomaly=image - normal,
+        coarse_map=enlarged(coarse.anomaly_map),
+        coarse_mask=enlarged_mask(coarse.mask),
+        region=enlarged_mask(coarse.region, 0.0),
+        steps=solved.steps,
+        objective=solved.objective,
+        outcome=solved.outcome,
+    )
+
+
+def _refine_on_host(detector, batch, settings, inpaint, batch_size, progress) -> Refined:
+    """Choose each image's window, then run images of the same window together, ``batch_size`` at a time."""
+    total = len(batch)
+    coarse = [_look(detector, image, settings) for image in batch]
+    groups: dict[tuple[int, int] | None, list[int]] = {}
+    for i, c in enumerate(coarse):
+        window = None
+        if np.any(c.region):
+            window = regions.window_size(np.asarray(c.region), settings.margin, detector.stride, WINDOWS)
+        groups.setdefault(window, []).append(i)
+    solved: dict[int, Solved] = {i: _unchanged(coarse[i]) for i in groups.pop(None, [])}
+    progress(len(solved), total)
+    for window, members in groups.items():
+        for start in range(0, len(members), batch_size):
+            chunk = members[start : start + batch_size]
+            padded = chunk + chunk[-1:] * (batch_size - len(chunk))
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[coarse[i] for i in padded])
+            out = _solve_batch(detector, stacked, settings, inpaint, window)
+            for lane, i in enumerate(chunk):
+                solved[i] = jax.tree.map(lambda leaf, lane=lane: leaf[lane], jax.block_until_ready(out))
+            progress(len(solved), total)
+    results = [_compose(batch[i], coarse[i], solved[i]) for i in range(total)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+_look = jax.jit(look)
+_compose = jax.jit(compose)
+
+
+@eqx.filter_jit
+def _solve_batch(detector, coarse: Coarse, settings, inpaint, window) -> Solved:
+    def one(coarse: Coarse) -> Solved:
+        return solve_window(detector, coarse, settings, inpaint, window)
+
+    if len(coarse.x) == 1:  # no batch axis inside the loop: XLA's CPU backend runs it faster
+        return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], coarse)))
+    return jax.vmap(one)(coarse)
+
+
+def _unchanged(coarse: Coarse) -> Solved:
+    """The result of an image whose coarse mask is empty; what the solver would return, without compiling it."""
+    zero = jnp.zeros((), jnp.int32)
+    return Solved(coarse.mask, coarse.x, zero, jnp.zeros(()), jnp.full_like(zero, int(Outcome.NOTHING_TO_REFINE)))

@@ -1,0 +1,106 @@
+"""Where to look: thresholded map -> filled, dilated region -> window; and the morphology the mask needs.
+
+All of it is array code: fixed shapes, no host, so it runs inside ``jit`` and ``vmap``.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
+    """Dilation by a (2·radius+1)² square."""
+    if radius == 0:
+        return mask
+    size = 2 * radius + 1
+    for window in ((size, 1), (1, size)):
+        mask = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), "SAME")
+    return mask
+
+
+def erode(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
+    """Erosion by a (2·radius+1)² square; what lies beyond the border counts as set."""
+    return ~dilate(~mask, radius)
+
+
+def opened(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """3x3 opening (paper, Section III-E3): removes dots and lines under three pixels."""
+    return dilate(erode(mask, 1), 1)
+
+
+def closed(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
+    """Closing by a (2·radius+1)² square: bridges gaps up to twice the radius."""
+    return erode(dilate(mask, radius), radius)
+
+
+def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """Fill holes: every unset pixel that can't reach the border through 4-neighbours is set.
+
+    The outside is flooded by sweeps along rows and columns, each an associative scan, until nothing changes;
+    a sweep crosses the whole image, so ordinary shapes take a handful.
+    """
+    open_ = ~mask
+    border = jnp.zeros_like(mask).at[0].set(True).at[-1].set(True).at[:, 0].set(True).at[:, -1].set(True)
+
+    def sweep(outside: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+        def follow(first, second):  # reach = seed | (passable & reach before)
+            (seed1, pass1), (seed2, pass2) = first, second
+            return seed2 | (pass2 & seed1), pass1 & pass2
+
+        for axis in (0, 1):
+            for reverse in (False, True):
+                outside, _ = jax.lax.associative_scan(follow, (outside, open_), reverse=reverse, axis=axis)
+        return outside
+
+    def grow(carry):
+        outside, _ = carry
+        new = sweep(outside)
+        return new, jnp.any(new != outside)
+
+    outside, _ = jax.lax.while_loop(lambda carry: carry[1], grow, (open_ & border, jnp.any(open_ & border)))
+    return ~outside
+
+
+def suspect_region(coarse_mask: Bool[Array, "h w"], dilation: int) -> Bool[Array, "h w"]:
+    """The pixels to optimise: m0 with its holes filled, dilated (paper, Section III-E2).
+
+    Departure: holes are filled, since coarse maps are often rings around large defects.
+    """
+    return filled(dilate(filled(coarse_mask), dilation))
+
+
+def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach: int) -> Float[Array, "hk wk"]:
+    """Which feature positions enter l_n: 1 where the cell lies within ``reach`` pixels of the region, else 0.
+
+    Paper, Section III-E2. ``reach`` stands for the effective receptive field, which is far smaller than the theoretical.
+    """
+    near = dilate(region, reach)
+    (h, w), (hk, wk) = region.shape, shape
+    cells = near.reshape(hk, h // hk, wk, w // wk)
+    return jnp.any(cells, axis=(1, 3)).astype(jnp.float32)
+
+
+def window_offset(region: Bool[Array, "h w"], size: tuple[int, int], stride: int) -> Int[Array, " 2"]:
+    """Top-left corner of a window of ``size`` around the region's bounding box: aligned to ``stride``, inside the image."""
+
+    def along(axis: int) -> Int[Array, ""]:
+        hit = jnp.any(region, axis=1 - axis)
+        first, last = jnp.argmax(hit), hit.size - 1 - jnp.argmax(hit[::-1])
+        start = (first + last + 1 - size[axis]) // 2
+        start = jnp.clip(start, 0, region.shape[axis] - size[axis])
+        return (start + stride // 2) // stride * stride
+
+    return jnp.stack([along(0), along(1)]).astype(jnp.int32)
+
+
+def window_size(region: Bool[np.ndarray, "h w"], margin: int, stride: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """The smallest square window of ``sizes`` that holds the region's bounding box and ``margin`` on each side.
+
+    On the host: the answer is a shape. The whole image where none of ``sizes`` fits.
+    """
+    h, w = region.shape
+    extents = [np.flatnonzero(region.any(axis=axis)) for axis in (0, 1)]
+    extent = max(int(np.ptp(hits)) + 1 if hits.size else 0 for hits in extents)
+    needed = min(extent + 2 * margin + stride, max(h, w))
+    return next(((s, s) for s in sorted(sizes) if needed <= s <= min(h, w) and s % stride == 0), (h, w))

@@ -1,0 +1,64 @@
+"""Local gradient sharing as a fixed bilateral-weight convolution (paper, Eq. 13-14)."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class GradientSharing(eqx.Module):
+    """Eq. (13): each pixel's direction is the weighted mean of its neighbours' gradients."""
+
+    taps: tuple[tuple[int, int], ...] = eqx.field(static=True)
+    """Offsets (row, column) of the neighbours."""
+    weights: Float[Array, "taps h w"]
+    """Eq. (14), one map per tap; the taps' weights sum to one at every pixel."""
+
+    def __call__(self, gradient: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        """g_ij = Σ w_i'j' ∇F at (i+i', j+j')."""
+        total = jnp.zeros_like(gradient)
+        for t, shifted in enumerate(_neighbours(gradient, self.taps, 0.0)):
+            total = total + self.weights[t, :, :, None] * shifted
+        return total
+
+
+def bilateral_sharing(
+    x: Float[Array, "h w c"],
+    *,
+    radius: int = 5,
+    sigma0: float = 1.1,
+    sigma1: float | Float[Array, ""] = 3.0,
+    tolerance: float = 1e-4,
+) -> GradientSharing:
+    """Weights of Eq. (14) around every pixel of the input: w ∝ exp(-(i²+j²)/σ0)·exp(-|x_there - x_here|²/σ1).
+
+    Neighbours beyond the border have weight zero.
+
+    Args:
+        x: input image, normalised intensity.
+        radius: k_s, pixels.
+        sigma0: spatial scale, pixels².
+        sigma1: colour scale, squared normalised intensity.
+        tolerance: taps whose spatial factor is smaller are left out. 1e-4 keeps 29 of the 121 taps of k_s = 5; 0 keeps all.
+    """
+    span = range(-radius, radius + 1)
+    spatial = {(i, j): math.exp(-(i * i + j * j) / sigma0) for i in span for j in span}
+    taps = tuple(tap for tap, weight in spatial.items() if weight >= tolerance)
+    weights = jnp.stack(
+        [
+            spatial[tap] * jnp.exp(-jnp.sum((shifted - x) ** 2, axis=-1) / sigma1)
+            for tap, shifted in zip(taps, _neighbours(x, taps, jnp.inf), strict=True)
+        ]
+    )
+    return GradientSharing(taps, weights / jnp.sum(weights, axis=0))
+
+
+def _neighbours(
+    image: Float[Array, "h w c"], taps: tuple[tuple[int, int], ...], beyond: float
+) -> list[Float[Array, "h w c"]]:
+    """The image shifted by each tap: pad once, slice."""
+    h, w, _ = image.shape
+    r = max(max(abs(i), abs(j)) for i, j in taps)
+    padded = jnp.pad(image, ((r, r), (r, r), (0, 0)), constant_values=beyond)
+    return [padded[r + i : r + i + h, r + j : r + j + w] for i, j in taps]

@@ -1,0 +1,224 @@
+"""Read the tensors of a PyTorch ``.pth`` file without PyTorch, and nothing but tensors.
+
+A ``.pth`` file is a pickle, and a pickle is a program. This reader knows eight names a state dict needs; each stands for
+an inert object of this module. Any other name is refused before anything is called, so no code of the file ever runs.
+Both layouts are read: the zip archive (PyTorch >= 1.6) and the older stream of pickles.
+"""
+
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from f2pad_jax.errors import CheckpointError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+_STORAGES: dict[str, np.dtype] = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+class _Dict(dict):
+    """Stands for ``OrderedDict``; the attributes a pickle would set on it (``_metadata``) are dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Inert:
+    """An object the pickle can hold but not alter: the opcode that sets attributes is refused."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it tries to alter an object")
+
+
+class _Storage(_Inert):
+    """A flat buffer of the file, filled when its bytes have been read."""
+
+    __slots__ = ("data", "dtype", "key", "numel")
+
+    def __init__(self, dtype: np.dtype, key: str, numel: int):
+        self.dtype, self.key, self.numel = dtype, key, numel
+        self.data: np.ndarray | None = None
+
+
+class _Tensor(_Inert):
+    """A view into a storage, made into an array once the storage is there."""
+
+    __slots__ = ("offset", "shape", "storage", "stride")
+
+    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
+        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+
+
+class _Name(_Inert):
+    """An allowed name of the pickle: something to call, or a storage type."""
+
+    __slots__ = ("call", "dtype")
+
+    def __init__(self, call: Callable | None = None, dtype: np.dtype | None = None):
+        self.call, self.dtype = call, dtype
+
+    def __call__(self, *args: Any) -> Any:
+        if self.call is None:
+            raise pickle.UnpicklingError("it calls a storage type")
+        return self.call(*args)
+
+
+def _rebuild_tensor(storage, offset, shape, stride, *_):
+    ints = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or not all(type(i) is int and i >= 0 for i in ints) or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor's description is malformed")
+    if 0 not in shape and offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= storage.numel:
+        raise pickle.UnpicklingError("a tensor reaches past the end of its storage")
+    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_parameter(tensor, *_):
+    if not isinstance(tensor, _Tensor):
+        raise pickle.UnpicklingError("a parameter holds something that is no tensor")
+    return tensor
+
+
+_NAMES: dict[tuple[str, str], _Name] = {
+    ("collections", "OrderedDict"): _Name(lambda *args: _Dict(*args)),
+    ("torch._utils", "_rebuild_tensor"): _Name(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Name(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Name(_rebuild_parameter),
+    **{("torch", name): _Name(dtype=dtype) for name, dtype in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], storages: dict[str, _Storage]):
+        super().__init__(file, encoding="utf-8")
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for '{module}.{name}', which is no tensor; nothing was run") from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", _Name(dtype=np.dtype() as dtype), str(key), _, int(numel), *_) if numel >= 0:
+                storage = self.storages.setdefault(key, _Storage(dtype, key, numel))
+            case _:
+                raise pickle.UnpicklingError("a storage's description is malformed")
+        if (storage.dtype, storage.numel) != (dtype, numel):
+            raise pickle.UnpicklingError(f"storage '{key}' is described twice, differently")
+        return storage
+
+
+def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a ``.pth`` state dict, by name.
+
+    A dictionary whose only tensors lie one level down, under ``state_dict`` or ``model``, is unwrapped.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, no PyTorch file, or holds anything besides tensors.
+    """
+    path = Path(path)
+    storages: dict[str, _Storage] = {}
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                root = _read_zip(file, storages)
+            else:
+                file.seek(0)
+                root = _read_legacy(file, storages, path.stat().st_size)
+        return _arrays(root)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such weight file") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused: {error}") from None
+    except (EOFError, struct.error, zipfile.BadZipFile):
+        raise CheckpointError(f"{path}: the file is damaged or cut short; get it again") from None
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, UnicodeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: not a PyTorch weight file ({type(error).__name__}: {error})") from None
+
+
+def _read_zip(file: IO[bytes], storages: dict[str, _Storage]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise ValueError("the archive holds no data.pkl")
+        folder = names[0].removesuffix("data.pkl")
+        if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
+            raise ValueError("it is big-endian")
+        with archive.open(names[0]) as pickled:
+            root = _Unpickler(pickled, storages).load()
+        for storage in storages.values():
+            member = archive.getinfo(f"{folder}data/{storage.key}")
+            if member.file_size != storage.numel * storage.dtype.itemsize:
+                raise EOFError
+            storage.data = np.frombuffer(archive.read(member), storage.dtype)
+    return root
+
+
+def _read_legacy(file: IO[bytes], storages: dict[str, _Storage], size: int) -> Any:
+    def load() -> Any:
+        return _Unpickler(file, storages).load()
+
+    try:
+        magic = load()
+    except (pickle.UnpicklingError, EOFError, UnicodeError):
+        raise ValueError("it does not begin as one") from None
+    if magic != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
+        raise ValueError("it does not begin as one")
+    if load().get("little_endian") is not True:
+        raise ValueError("it is big-endian")
+    root, keys = load(), load()
+    for key in keys:
+        storage = storages[key]
+        (numel,) = struct.unpack("<q", file.read(8))
+        num_bytes = storage.numel * storage.dtype.itemsize
+        if numel != storage.numel or num_bytes > size - file.tell():
+            raise EOFError
+        storage.data = np.frombuffer(file.read(num_bytes), storage.dtype)
+    return root
+
+
+def _arrays(root: Any) -> dict[str, np.ndarray]:
+    if isinstance(root, dict) and not any(isinstance(value, _Tensor) for value in root.values()):
+        root = next((root[key] for key in ("state_dict", "model") if key in root), root)
+    if not isinstance(root, dict):
+        raise pickle.UnpicklingError("it holds no dictionary of tensors")
+    arrays = {}
+    for name, tensor in root.items():
+        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+            raise pickle.UnpicklingError(f"entry {name!r} is no tensor")
+        data = tensor.storage.data
+        if data is None:
+            raise EOFError
+        strides = [s * data.itemsize for s in tensor.stride]
+        if 0 in tensor.shape:
+            arrays[name] = np.zeros(tensor.shape, data.dtype)
+        else:
+            view = np.lib.stride_tricks.as_strided(data[tensor.offset :], tensor.shape, strides, writeable=False)
+            arrays[name] = np.array(view)
+    return arrays
+
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("f2pad_jax reads weights on little-endian machines only")

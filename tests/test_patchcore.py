@@ -1,0 +1,247 @@
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from f2pad_jax import PatchCore, PixelPrior
+from f2pad_jax.detectors.base import coarse_map
+from f2pad_jax.detectors.patchcore import BLOCK, coreset, embed, nearest
+from f2pad_jax.units import MEAN, STD
+
+SIZE = 64
+CORNER = jnp.zeros(2, jnp.int32)
+
+smooth = jax.jit(coarse_map, static_argnames=("size", "sigma"))
+
+
+def squared_distances(features, bank):
+    """Every pair, in double precision."""
+    features, bank = np.asarray(features, np.float64), np.asarray(bank, np.float64)
+    return np.stack([np.sum((bank - feature) ** 2, axis=1) for feature in features])
+
+
+def bilinear(image, size):
+    """Bilinear enlargement with pixel centres at halves and the border repeated."""
+    for axis, n in enumerate(size):
+        at = np.clip((np.arange(n) + 0.5) * image.shape[axis] / n - 0.5, 0, image.shape[axis] - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, image.shape[axis] - 1)
+        share = (at - low).reshape([-1 if a == axis else 1 for a in range(image.ndim)])
+        image = (1 - share) * np.take(image, low, axis) + share * np.take(image, high, axis)
+    return image
+
+
+def smooth_image(seed):
+    """Something with structure at every scale, in normalised intensity."""
+    noise = np.random.default_rng(seed).standard_normal((SIZE, SIZE, 3))
+    layers = [s * scipy.ndimage.gaussian_filter(noise, (s, s, 0)) for s in (1, 4, 12)]
+    return ((np.clip(0.5 + 0.15 * sum(layers), 0, 1) - MEAN) / STD).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [jnp.asarray(smooth_image(seed)) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def features(backbone, images):
+    """Of each image, (positions, channels)."""
+    embed_jit = jax.jit(embed)
+    return [np.asarray(embed_jit(backbone, image)).reshape(-1, 176) for image in images]
+
+
+@pytest.fixture(scope="module")
+def detector(backbone, features):
+    bank = np.concatenate(features[:2])[::4]  # 128 features of the first two images
+    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
+    return PatchCore(
+        backbone=backbone,
+        memory_bank=jnp.asarray(bank),
+        scale=jnp.float32(3.0),
+        prior=prior,
+        threshold=jnp.float32(2.0),
+        size=(SIZE, SIZE),
+        num_candidates=10,
+    )
+
+
+@pytest.fixture(scope="module")
+def moved(detector, images):
+    """Candidates found at one image, and the same refreshed at another."""
+    where = jax.jit(PatchCore.locate)(detector, images[0], CORNER)
+    return where, jax.jit(PatchCore.refresh)(detector, images[2], where)
+
+
+@pytest.mark.parametrize("positions", [1, 100, BLOCK, BLOCK + 1, 2 * BLOCK + 77])
+@pytest.mark.parametrize("k", [1, 7])
+def test_nearest_equals_brute_force(positions, k):
+    rng = np.random.default_rng(positions)
+    features, bank = rng.standard_normal((positions, 20), np.float32), rng.standard_normal((90, 20), np.float32)
+    distances, indices = nearest(jnp.asarray(features), jnp.asarray(bank), k)
+    expected = squared_distances(features, bank)
+    np.testing.assert_array_equal(indices, np.argsort(expected, axis=1)[:, :k])
+    np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_penalty_is_added_to_the_squared_distances_and_infinity_leaves_out(k):
+    rng = np.random.default_rng(0)
+    features, bank = rng.standard_normal((600, 20), np.float32), rng.standard_normal((90, 20), np.float32)
+    penalty = rng.uniform(0, 20, 90).astype(np.float32)
+    penalty[::3] = np.inf
+    distances, indices = nearest(jnp.asarray(features), jnp.asarray(bank), k, jnp.asarray(penalty))
+    expected = squared_distances(features, bank)
+    np.testing.assert_array_equal(indices, np.argsort(expected + penalty, axis=1)[:, :k])
+    assert not np.any(np.asarray(indices) % 3 == 0)
+    chosen = np.take_along_axis(expected, np.asarray(indices)[:, :1], axis=1)[:, 0]
+    np.testing.assert_allclose(distances, chosen, rtol=1e-5)
+
+
+def test_distance_of_a_member_is_exactly_zero_however_long_the_features():
+    bank = 1000 + np.random.default_rng(0).standard_normal((50, 8), np.float32)
+    distances, _ = nearest(jnp.asarray(bank), jnp.asarray(bank), 1)
+    assert np.median(np.asarray(distances)) == 0
+
+
+def greedy(points, first, size):
+    """k-centre: each next point is the farthest from those chosen."""
+    chosen = [first]
+    distance = np.full(len(points), np.inf)
+    while len(chosen) < size:
+        distance = np.minimum(distance, np.sum((points - points[chosen[-1]]) ** 2, axis=1))
+        chosen.append(int(np.argmax(distance)))
+    return chosen
+
+
+def test_coreset_is_the_greedy_k_centre_selection():
+    features = np.random.default_rng(0).standard_normal((400, 30), np.float32)
+    chosen = coreset(features, 60, seed=5)
+    np.testing.assert_array_equal(chosen, greedy(features.astype(np.float64), chosen[0], 60))
+
+
+def test_coreset_of_many_channels_is_chosen_on_their_projection():
+    features = np.random.default_rng(1).standard_normal((300, 200), np.float32)
+    chosen = coreset(features, 40, seed=7, projection=16)
+    projection = np.random.default_rng(7).standard_normal((200, 16)) / 4
+    np.testing.assert_array_equal(chosen, greedy(features.astype(np.float64) @ projection, chosen[0], 40))
+
+
+def test_coreset_covers_better_than_a_random_choice():
+    rng = np.random.default_rng(2)
+    features = np.concatenate([rng.normal(0, 1, (500, 6)), rng.normal(8, 0.1, (4, 6))]).astype(np.float32)
+
+    def radius(chosen):
+        return squared_distances(features, features[chosen]).min(axis=1).max()
+
+    assert radius(coreset(features, 50)) < 0.7 * radius(rng.choice(504, 50, replace=False))
+
+
+def test_coreset_is_reproducible_by_its_seed_and_never_picks_twice():
+    features = np.random.default_rng(3).standard_normal((100, 5), np.float32)
+    np.testing.assert_array_equal(coreset(features, 20, seed=1), coreset(features, 20, seed=1))
+    assert not np.array_equal(coreset(features, 20, seed=1), coreset(features, 20, seed=2))
+    assert sorted(coreset(features, 500)) == list(range(100))
+    assert len(set(coreset(np.ones((30, 4), np.float32), 12).tolist())) == 12
+
+
+def test_embedding_is_averaged_enlarged_and_concatenated(backbone, images, features):
+    maps = jax.jit(lambda b, image: b(image))(backbone, backbone.normalise(images[0] * STD + MEAN))
+    assert [m.shape for m in maps] == [(16, 16, 24), (8, 8, 40), (4, 4, 112)]
+    averaged = [scipy.ndimage.uniform_filter(np.asarray(m, np.float64), (3, 3, 1), mode="constant") for m in maps]
+    expected = np.concatenate([bilinear(a, (16, 16)) for a in averaged], axis=-1)
+    np.testing.assert_allclose(features[0].reshape(16, 16, 176), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "sigma"), [((16, 16), (64, 64), 4.0), ((5, 8), (40, 24), 2.0), ((3, 4), (9, 12), 4.0)]
+)
+def test_coarse_map_equals_scipys_gaussian_of_the_bilinear_map(shape, size, sigma):
+    scores = np.random.default_rng(0).gamma(2.0, 1.0, shape).astype(np.float32)
+    found = smooth(jnp.asarray(scores), size=size, sigma=sigma)
+    enlarged = bilinear(scores.astype(np.float64), size)
+    expected = scipy.ndimage.gaussian_filter(enlarged, sigma, mode="reflect", truncate=4)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_anomaly_map_is_the_coarse_map_of_equation_4(detector, images, features):
+    expected = squared_distances(features[2], detector.memory_bank).min(axis=1).reshape(16, 16) / 3.0
+    found = jax.jit(PatchCore.anomaly_map)(detector, images[2])
+    np.testing.assert_allclose(found, smooth(jnp.asarray(expected, jnp.float32), size=(SIZE, SIZE)), rtol=1e-3, atol=1e-4)
+
+
+def test_candidates_are_the_bank_entries_nearest_to_the_first_guess(detector, features, moved):
+    where, _ = moved
+    distances = squared_distances(features[0], detector.memory_bank)
+    assert where.indices.shape == (256, 10)
+    found = np.take_along_axis(distances, np.asarray(where.indices), axis=1)
+    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :10], rtol=1e-3, atol=1e-2)
+
+
+def test_refresh_picks_the_best_candidate_for_the_image_as_it_is_now(detector, features, moved):
+    before, after = moved
+    np.testing.assert_array_equal(after.indices, before.indices)
+    bank, indices = np.asarray(detector.memory_bank), np.asarray(before.indices)
+    distances = np.take_along_axis(squared_distances(features[2], bank), indices, axis=1)
+    best = np.take_along_axis(indices, distances.argmin(axis=1)[:, None], axis=1)[:, 0]
+    found = np.asarray(after.nearest).reshape(256, -1)
+    agreeing = np.all(found == bank[best], axis=1)
+    assert agreeing.mean() > 0.99  # the rest are ties to single precision
+    assert np.mean(found != np.asarray(before.nearest).reshape(256, -1)) > 0.1
+    np.testing.assert_allclose(np.sum((found - features[2]) ** 2, axis=1), distances.min(axis=1), rtol=1e-3)
+
+
+def test_scores_are_equation_5_over_the_scale(detector, images, features, moved):
+    _, where = moved
+    (found,) = jax.jit(PatchCore.scores)(detector, images[2], where)
+    distances = np.take_along_axis(squared_distances(features[2], detector.memory_bank), np.asarray(where.indices), axis=1)
+    np.testing.assert_allclose(found, distances.min(axis=1).reshape(16, 16) / 3.0, rtol=1e-3)
+
+
+def test_scores_with_all_candidates_equal_equation_4(detector, images, features):
+    everything = replace(detector, scale=jnp.float32(1.0), num_candidates=10_000)
+
+    @jax.jit
+    def score(detector, first, image):
+        return detector.scores(image, detector.refresh(image, detector.locate(first, CORNER)))
+
+    (found,) = score(everything, images[0], images[2])
+    expected = squared_distances(features[2], everything.memory_bank).min(axis=1)
+    np.testing.assert_allclose(found, expected.reshape(16, 16), rtol=1e-3)
+
+
+def test_few_candidates_never_score_below_equation_4(detector, images, features, moved):
+    (found,) = jax.jit(PatchCore.scores)(detector, images[2], moved[1])
+    least = squared_distances(features[2], detector.memory_bank).min(axis=1).reshape(16, 16) / 3.0
+    assert np.all(np.asarray(found) >= least * (1 - 1e-3))
+    assert np.any(np.asarray(found) > least * 1.01)
+
+
+def test_a_patch_in_the_memory_bank_scores_nothing(detector, images, moved):
+    (found,) = jax.jit(PatchCore.scores)(detector, images[0], moved[0])
+    known = np.asarray(found).ravel()[::4]  # every fourth position of the first two images is in the bank
+    assert known.max() < 1e-6 < np.median(np.asarray(found))
+
+
+def test_gradient_of_the_scores_equals_directional_differences(detector, images, moved):
+    shallow = replace(detector, backbone=replace(detector.backbone, layers=("stage2", "stage3")))
+    where = moved[1]._replace(nearest=moved[1].nearest[..., :64])
+    with jax.enable_x64(True):
+        doubled = jax.tree.map(lambda v: v.astype(np.float64) if eqx.is_inexact_array(v) else v, (shallow, where))
+        image = images[2].astype(np.float64)
+        loss = jax.jit(jax.value_and_grad(lambda image, detector, where: jnp.sum(detector.scores(image, where)[0])))
+        _, gradient = loss(image, *doubled)
+        assert gradient.dtype == np.float64
+        for seed in range(5):
+            direction = 1e-6 * np.random.default_rng(seed).standard_normal(image.shape)
+            (ahead, _), (behind, _) = loss(image + direction, *doubled), loss(image - direction, *doubled)
+            assert float(ahead - behind) / 2 == pytest.approx(float(np.sum(gradient * direction)), rel=1e-5)
+
+
+def test_fewer_candidates_than_asked_for_when_the_bank_is_small(detector, images):
+    small = replace(detector, memory_bank=detector.memory_bank[:4])
+    where = jax.eval_shape(PatchCore.locate, small, images[0], CORNER)
+    assert where.indices.shape == (256, 4)

@@ -1,0 +1,244 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from f2pad_jax.region import (
+    affected_positions,
+    closed,
+    dilate,
+    erode,
+    filled,
+    opened,
+    suspect_region,
+    window_offset,
+    window_size,
+)
+
+SIDE = 41
+DILATION = 3
+
+fill_one = jax.jit(filled)
+suspect = jax.jit(functools.partial(suspect_region, dilation=DILATION))
+
+
+def square(radius):
+    return np.ones((2 * radius + 1, 2 * radius + 1), bool)
+
+
+def scipy_dilate(mask, radius):
+    return scipy.ndimage.binary_dilation(mask, square(radius))
+
+
+def scipy_erode(mask, radius):
+    """Beyond the border counts as set, as in the library."""
+    return scipy.ndimage.binary_erosion(mask, square(radius), border_value=1)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    """Noise from sparse to dense, smoothed so that it has shapes as well as dots; some touch the border."""
+    noise = np.random.default_rng(0).standard_normal((12, SIDE, SIDE))
+    smooth = scipy.ndimage.gaussian_filter(noise, (0, 1.2, 1.2)) / 0.23 + 0.4 * noise
+    densities = np.repeat([0.02, 0.2, 0.5, 0.9], 3)
+    return np.stack([s > np.quantile(s, 1 - density) for s, density in zip(smooth, densities, strict=True)])
+
+
+def check(function, oracle, masks):
+    """The function equals its oracle on every mask, one by one under jit and all together under vmap."""
+    one, together = jax.jit(function), jax.jit(jax.vmap(function))
+    expected = np.stack([oracle(mask) for mask in masks])
+    np.testing.assert_array_equal(together(jnp.asarray(masks)), expected)
+    np.testing.assert_array_equal(np.stack([one(jnp.asarray(mask)) for mask in masks]), expected)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 3])
+def test_dilate_and_erode_equal_scipys(masks, radius):
+    check(lambda m: dilate(m, radius), lambda m: scipy_dilate(m, radius), masks)
+    check(lambda m: erode(m, radius), lambda m: scipy_erode(m, radius), masks)
+
+
+def test_opened_equals_scipys_three_by_three_opening(masks):
+    check(opened, lambda m: scipy_dilate(scipy_erode(m, 1), 1), masks)
+
+
+def test_opened_removes_dots_and_thin_lines_and_keeps_blocks():
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[3, 3] = mask[10, 4:30] = mask[15:17, 4:30] = True
+    block = np.zeros((SIDE, SIDE), bool)
+    block[19:22, 10:14] = block[:3, -3:] = True
+    np.testing.assert_array_equal(opened(jnp.asarray(mask | block)), block)
+
+
+def test_closed_equals_scipys_closing(masks):
+    check(lambda m: closed(m, 2), lambda m: scipy_erode(scipy_dilate(m, 2), 2), masks)
+
+
+def test_closed_bridges_a_gap_of_twice_the_radius_and_no_more():
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[8:14, 4:10] = mask[8:14, 14:20] = True
+    assert np.all(closed(jnp.asarray(mask), 2)[8:14, 4:20])
+    np.testing.assert_array_equal(closed(jnp.asarray(mask), 1), mask)
+
+
+def test_filled_equals_scipys_fill_holes(masks):
+    check(filled, scipy.ndimage.binary_fill_holes, masks)
+
+
+def nested_rings():
+    yy, xx = np.mgrid[:SIDE, :SIDE]
+    return np.maximum(abs(yy - 20), abs(xx - 20)) % 4 == 2
+
+
+def spiral():
+    """A wall that winds inwards, so that the way in is one pixel wide and as long as can be."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    y, x, steps = 1, 0, [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    length, turn = 39, 0
+    while length > 1:
+        dy, dx = steps[turn % 4]
+        for _ in range(length):
+            y, x = y + dy, x + dx
+            mask[y, x] = True
+        turn += 1
+        length -= 2 if turn % 2 else 0
+    return mask
+
+
+def broken_spiral():
+    mask = spiral()
+    mask[1, 20] = False
+    return mask
+
+
+def closed_spiral():
+    mask = spiral()
+    mask[1:39, 1] = True
+    return mask
+
+
+def diagonal_diamond():
+    """Walls that touch at corners only hold 4-connected water."""
+    yy, xx = np.mgrid[:SIDE, :SIDE]
+    return abs(yy - 20) + abs(xx - 20) == 9
+
+
+def at_the_border():
+    """A bay open to the border is no hole; a ring that touches the border encloses one."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[0:12, 5], mask[11, 5:15], mask[0:12, 14] = True, True, True
+    mask[30:41, 30], mask[30, 30:36], mask[30:41, 35], mask[40, 30:36] = True, True, True, True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "shape", [nested_rings, spiral, broken_spiral, closed_spiral, diagonal_diamond, at_the_border], ids=lambda f: f.__name__
+)
+def test_filled_handles(shape):
+    mask = shape()
+    np.testing.assert_array_equal(fill_one(jnp.asarray(mask)), scipy.ndimage.binary_fill_holes(mask))
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_empty_and_full_masks_stay(value):
+    mask = jnp.full((SIDE, SIDE), value)
+    for function in (fill_one, suspect, opened, functools.partial(closed, radius=2)):
+        np.testing.assert_array_equal(function(mask), mask)
+
+
+def test_suspect_region_is_filled_dilated_and_filled_again():
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[5:15, 5:15], mask[8:12, 8:12] = True, False  # a ring
+    mask[20:38, 30], mask[20:38, 36], mask[20, 30:37] = True, True, True  # open below, closed by the dilation
+    found = np.asarray(suspect(jnp.asarray(mask)))
+    fill = scipy.ndimage.binary_fill_holes
+    np.testing.assert_array_equal(found, fill(scipy_dilate(fill(mask), DILATION)))
+    assert np.all(found[2:18, 2:18])
+
+
+@pytest.mark.parametrize("reach", [0, 1, 4, 8])
+def test_affected_positions_are_the_cells_within_reach_of_the_region(masks, reach):
+    cells = (6, 5)  # of 4x8 pixels
+
+    def brute(mask):
+        out = np.zeros(cells)
+        for y, x in np.argwhere(mask):
+            for i in range(cells[0]):
+                for j in range(cells[1]):
+                    near_y = 4 * i - reach <= y <= 4 * i + 3 + reach
+                    near_x = 8 * j - reach <= x <= 8 * j + 7 + reach
+                    out[i, j] = max(out[i, j], near_y and near_x)
+        return out
+
+    check(lambda m: affected_positions(m, cells, reach), brute, masks[:4, :24, :40])
+
+
+def boxes(shape, count=200):
+    """Rectangles anywhere, those at the corners and the borders among them."""
+    rng = np.random.default_rng(0)
+    h, w = shape
+    corners = [(0, 0, 3, 5), (h - 3, w - 5, h, w), (0, w - 1, 1, w), (h - 1, 0, h, 1), (0, 0, h, w), (0, 7, h, 9)]
+    ends = np.sort(rng.integers(0, [h, w], (2, count, 2)), axis=0)
+    corners += [(y1, x1, y2 + 1, x2 + 1) for (y1, x1), (y2, x2) in zip(*ends, strict=True)]
+    for y1, x1, y2, x2 in corners:
+        mask = np.zeros(shape, bool)
+        mask[y1:y2, x1:x2] = True
+        yield (y1, x1, y2, x2), mask
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride"), [((64, 96), (32, 48), 8), ((96, 96), (64, 64), 16), ((32, 64), (32, 64), 16)]
+)
+def test_window_is_aligned_inside_the_image_and_holds_the_region(shape, size, stride):
+    limits, masks = zip(*boxes(shape), strict=True)
+    offsets = np.asarray(jax.jit(jax.vmap(lambda m: window_offset(m, size, stride)))(jnp.asarray(masks)))
+    assert np.all(offsets % stride == 0)
+    assert np.all(offsets >= 0) and np.all(offsets + size <= shape)
+    held = 0
+    for (y1, x1, y2, x2), (top, left) in zip(limits, offsets, strict=True):
+        for first, last, start, side, whole in ((y1, y2, top, size[0], shape[0]), (x1, x2, left, size[1], shape[1])):
+            if last - first + stride <= side or side == whole:
+                assert start <= first and last <= start + side
+                held += 1
+    assert held > 100
+    one = jax.jit(lambda m: window_offset(m, size, stride))
+    np.testing.assert_array_equal(np.stack([one(jnp.asarray(mask)) for mask in masks[:20]]), offsets[:20])
+
+
+def test_window_is_centred_as_well_as_the_alignment_allows():
+    for (y1, x1, y2, x2), mask in boxes((128, 128), count=30):
+        top, left = np.asarray(window_offset(jnp.asarray(mask), (32, 32), 8))
+        for start, first, last in ((top, y1, y2), (left, x1, x2)):
+            wanted = np.clip((first + last) / 2 - 16, 0, 96)
+            assert abs(start - wanted) <= 4.5
+
+
+def test_window_of_an_empty_region_is_inside_the_image():
+    top, left = np.asarray(window_offset(jnp.zeros((64, 96), bool), (32, 32), 16))
+    assert 0 <= top <= 32 and 0 <= left <= 64
+
+
+def test_window_size_is_the_smallest_that_holds_region_margin_and_alignment():
+    sizes = (96, 64, 32)
+    for (y1, x1, y2, x2), mask in boxes((128, 160), count=60):
+        needed = min(max(y2 - y1, x2 - x1) + 2 * 4 + 8, 160)
+        expected = min((s for s in sizes if s >= needed), default=None)
+        assert window_size(mask, 4, 8, sizes) == ((expected, expected) if expected else (128, 160))
+
+
+def test_window_of_that_size_holds_region_and_margin_except_beyond_the_image():
+    for (y1, x1, y2, x2), mask in boxes((128, 160), count=60):
+        size = window_size(mask, 12, 16, (32, 64, 96))
+        top, left = np.asarray(window_offset(jnp.asarray(mask), size, 16))
+        assert top <= max(y1 - 12, 0) and min(y2 + 12, 128) <= top + size[0]
+        assert left <= max(x1 - 12, 0) and min(x2 + 12, 160) <= left + size[1]
+
+
+def test_window_sizes_that_do_not_fit_the_stride_or_the_image_are_passed_over():
+    mask = np.zeros((64, 96), bool)
+    mask[30:34, 30:34] = True
+    assert window_size(mask, 0, 16, (40, 48, 64)) == (48, 48)
+    assert window_size(mask, 20, 16, (72, 80)) == (64, 96)
