@@ -44,24 +44,23 @@ class Problem(eqx.Module):
     """Pixels that may change; elsewhere n = x."""
     where: Where
     """What the detector needs to score this window."""
-    affected: tuple[Float[Array, "h_k w_k"], ...]
+    affected: tuple[Float[Array, "_h_k _w_k"], ...]
     """Positions that enter l_n, one map per scored layer."""
     weights: Weights
 
     @staticmethod
     def make(
-        detector: AbstractDetector,
-        x: Float[Array, "h w 3"],
-        region: Bool[Array, "h w"],
-        where: Where,
-        settings: Settings,
-        beta: Float[Array, ""] | float = 0.0,
+        detector: AbstractDetector, x: Float[Array, "h w 3"], region: Bool[Array, "h w"], where: Where, settings: Settings
     ) -> "Problem":
-        """The problem of optimising ``region``; ``where`` is the detector's view of the window."""
+        """The problem of optimising ``region``, with β = 0; ``where`` is the detector's view of the window."""
         shapes = [scores.shape for scores in jax.eval_shape(detector.scores, x, where)]
         affected = tuple(affected_positions(region, shape, settings.reach) for shape in shapes)
-        values = (settings.alpha1, settings.alpha2, beta, settings.epsilon)
+        values = (settings.alpha1, settings.alpha2, 0.0, settings.epsilon)
         return Problem(detector, x, region, where, affected, Weights(*map(jnp.asarray, values)))
+
+    def with_beta(self, beta: Float[Array, ""] | float) -> "Problem":
+        """The same problem with another weight of the sparsity term."""
+        return eqx.tree_at(lambda p: p.weights.beta, self, jnp.asarray(beta))
 
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
@@ -102,7 +101,7 @@ def sparsity_weight(
 
 
 def feature_loss(
-    detector: AbstractDetector, n: Float[Array, "h w 3"], where: Where, affected: tuple[Float[Array, "h_k w_k"], ...]
+    detector: AbstractDetector, n: Float[Array, "h w 3"], where: Where, affected: tuple[Float[Array, "_h_k _w_k"], ...]
 ) -> Float[Array, ""]:
     """l_n(n): the sum of the anomaly scores of the affected positions (Section III-B), in units of a mean normal score."""
     return sum(

@@ -33,7 +33,7 @@ def fit_prior(
         seed: of the initial k-means.
     """
     mixture = BayesianGaussianMixture(
-        n_components=min(num_components, len(pixels)), reg_covar=floor**2, random_state=seed, max_iter=200, tol=1e-2
+        n_components=min(num_components, len(pixels)), reg_covar=floor**2, random_state=seed, max_iter=500, tol=1e-2
     )
     mixture.fit(np.asarray(pixels, np.float64))
     kept = mixture.weights_ >= 1e-3

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from f2pad_jax import region as regions
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.inpaint import Inpainter, harmonic
+from f2pad_jax.inpaint import Inpainter, exemplar
 from f2pad_jax.objective import Problem, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
@@ -69,7 +69,7 @@ def refine(
     images: Shaped[Array | np.ndarray, "..."] | Sequence,
     *,
     settings: Settings | None = None,
-    inpaint: Inpainter = harmonic,
+    inpaint: Inpainter = exemplar,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refined:
@@ -119,7 +119,7 @@ def solve_window(
     detector: AbstractDetector,
     coarse: Coarse,
     settings: Settings,
-    inpaint: Inpainter = harmonic,
+    inpaint: Inpainter = exemplar,
     window: tuple[int, int] | None = None,
 ) -> Solved:
     """Algorithm 1 from the coarse result, inside a window of the given size (default: the whole image)."""
@@ -129,30 +129,33 @@ def solve_window(
     def crop(image: Array) -> Array:
         return jax.lax.dynamic_slice(image, (*corner, *[0] * (image.ndim - 2)), (*size, *image.shape[2:]))
 
-    x, region = crop(coarse.x), crop(coarse.region)
-    n0 = crop(inpaint(coarse.x, coarse.region))  # line 1
-    where = detector.locate(n0, corner)  # line 2
-    beta = sparsity_weight(Problem.make(detector, x, region, where, settings), n0, jnp.sum(coarse.mask), settings)
+    def paste(part: Array, whole: Array) -> Array:
+        return jax.lax.dynamic_update_slice(whole, part, (*corner, *[0] * (part.ndim - 2)))
 
-    def phase(carry, beta_and_limit):
-        """Solve inside ``region``; the new mask is where |a| exceeds τ, lines 3-9."""
-        n, region = carry
-        beta, limit = beta_and_limit
-        solution = solve(Problem.make(detector, x, region, where, settings, beta), n, settings, limit)
-        mask = regions.opened(region & (jnp.linalg.norm(x - solution.n, axis=-1) > settings.tau))
-        return (solution.n, mask), (mask, solution)
+    x = crop(coarse.x)
 
-    # first the mask, then n again inside it with β = 0 (line 10): one program, run twice
-    phases = (jnp.stack([beta, jnp.zeros_like(beta)]), jnp.array([settings.max_steps, settings.restore_steps]))
-    _, (masks, solutions) = jax.lax.scan(phase, (n0, region), phases)
+    def decompose(region: Bool[Array, "h w"], phase):
+        """x = n + a inside ``region``: lines 1-9."""
+        sparse, learning_rate, limit = phase
+        n0 = crop(inpaint(coarse.x, paste(region, jnp.zeros_like(coarse.mask))))  # line 1
+        problem = Problem.make(detector, x, region, detector.locate(n0, corner), settings)  # line 2
+        beta = sparse * sparsity_weight(problem, n0, jnp.sum(coarse.mask), settings)
+        solution = solve(problem.with_beta(beta), n0, settings.with_rate(learning_rate), limit)  # lines 3-8
+        mask = regions.opened(region & (jnp.linalg.norm(x - solution.n, axis=-1) > settings.tau))  # line 9
+        return mask, (mask, solution)
+
+    # first the mask; then n again inside it, with β = 0 and gentler steps (line 10): one program, run twice
+    s = settings
+    phases = (
+        jnp.array([1.0, 0.0]),
+        jnp.array([s.learning_rate, s.restore_rate]),
+        jnp.array([s.max_steps, s.restore_steps]),
+    )
+    _, (masks, solutions) = jax.lax.scan(decompose, crop(coarse.region), phases)
     mask, first = masks[0], jax.tree.map(lambda leaf: leaf[0], solutions)
     n = jnp.where(mask[..., None], solutions.n[1], x)
     return Solved(
-        jax.lax.dynamic_update_slice(jnp.zeros_like(coarse.mask), mask, tuple(corner)),
-        jax.lax.dynamic_update_slice(coarse.x, n, (*corner, 0)),
-        first.steps,
-        first.objective,
-        first.outcome,
+        paste(mask, jnp.zeros_like(coarse.mask)), paste(n, coarse.x), first.steps, first.objective, first.outcome
     )
 
 

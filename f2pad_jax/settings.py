@@ -38,7 +38,7 @@ class Settings(eqx.Module):
     """Spatial scale, pixels², static. Paper: 1.1."""
     sigma1: Scalar = 3.0
     """Colour scale, squared normalised intensity. Paper: 3.0."""
-    sharing_tolerance: float = eqx.field(static=True, default=1e-4)
+    sharing_tolerance: float = eqx.field(static=True, default=2e-4)
     """Taps of smaller spatial weight are dropped (29 of 121 stay), static. Paper: keeps all."""
 
     # stopping
@@ -59,5 +59,12 @@ class Settings(eqx.Module):
     tau: Scalar = 0.2
     """A pixel is anomalous where |a| exceeds this, normalised intensity. Paper: a ≠ 0, which LOG under a gradient method
     never reaches."""
+    restore_rate: Scalar = 0.03
+    """Learning rate of the re-estimation of n: there is no sparsity term whose kink needs long steps, and short ones leave
+    no noise. Paper: that of the first solve."""
     restore_steps: int | Int[Array, ""] = 50
-    """Most steps of the re-estimation of n with β = 0 inside the mask; 0 skips it. Paper: to convergence."""
+    """Most steps of the re-estimation of n with β = 0 inside the mask; 0 leaves the inpainted start. Paper: to convergence."""
+
+    def with_rate(self, learning_rate: Scalar) -> "Settings":
+        """The same settings with another learning rate."""
+        return eqx.tree_at(lambda s: s.learning_rate, self, learning_rate)

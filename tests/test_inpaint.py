@@ -7,12 +7,13 @@ import pytest
 import scipy.ndimage
 import scipy.sparse
 
-from f2pad_jax import harmonic
+from f2pad_jax.inpaint import exemplar, harmonic
 
 HEIGHT, WIDTH = 20, 28
 
 tight = jax.jit(functools.partial(harmonic, rtol=1e-10, max_steps=2000))
 default = jax.jit(harmonic)
+by_example = jax.jit(functools.partial(exemplar, rim=3))
 
 
 @pytest.fixture
@@ -132,3 +133,79 @@ def test_the_same_under_vmap(image):
     together = jax.jit(jax.vmap(harmonic, in_axes=(None, 0)))(image, regions)
     alone = np.stack([default(image, region) for region in regions])
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def small_blob():
+    region = np.zeros((HEIGHT, WIDTH), bool)
+    region[6:10, 8:13] = region[9:12, 11:14] = True
+    return region
+
+
+def small_at_a_corner():
+    region = np.zeros((HEIGHT, WIDTH), bool)
+    region[:4, -5:] = True
+    return region
+
+
+SMALL = pytest.mark.parametrize("region", [small_blob(), small_at_a_corner()], ids=["blob", "corner"])
+
+
+def best_copy(image, region, rim):
+    """The image moved by the displacement that fits best on the rim, of all that move known pixels over region and rim."""
+    needed = scipy.ndimage.binary_dilation(region, np.ones((2 * rim + 1, 2 * rim + 1)))
+    ys, xs = np.nonzero(needed)
+    on_rim = ~region[needed]
+    best, copied = np.inf, None
+    for dy in range(-HEIGHT, HEIGHT):
+        for dx in range(-WIDTH, WIDTH):
+            v, u = ys + dy, xs + dx
+            if v.min() < 0 or v.max() >= HEIGHT or u.min() < 0 or u.max() >= WIDTH or region[v, u].any():
+                continue
+            mismatch = np.sum((image[v, u] - image[ys, xs])[on_rim] ** 2)
+            if mismatch < best:
+                best, copied = mismatch, np.zeros_like(image)
+                copied[needed] = image[v, u]
+    return copied
+
+
+@SMALL
+def test_exemplar_is_the_best_copy_with_the_difference_spread_harmonically(image, region):
+    found = by_example(jnp.asarray(image, jnp.float32), jnp.asarray(region))
+    copied = best_copy(image, region, 3)
+    expected = np.where(region[..., None], copied + direct(image - copied, region), image)
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.ptp(image))
+
+
+@SMALL
+def test_exemplar_continues_a_pattern_that_harmonic_smooths_away(region):
+    yy, xx = np.mgrid[:HEIGHT, :WIDTH]
+    pattern = np.stack([np.sin(2 * np.pi * yy / 4), np.sin(2 * np.pi * xx / 5), np.cos(2 * np.pi * xx / 5)], axis=-1)
+    pattern = jnp.asarray(pattern, jnp.float32)
+    by_copy, by_smoothing = (np.asarray(fill(pattern, jnp.asarray(region))) for fill in (by_example, default))
+    np.testing.assert_allclose(by_copy, pattern, atol=1e-3)
+    assert np.abs(by_smoothing - pattern).max() > 0.3
+
+
+@SMALL
+def test_exemplar_leaves_known_pixels_bit_identical_and_uses_nothing_under_the_region(image, region):
+    image = image.astype(np.float32)
+    painted = np.where(region[..., None], np.float32(3.0), image)
+    found, other = (np.asarray(by_example(jnp.asarray(i), jnp.asarray(region))) for i in (image, painted))
+    np.testing.assert_array_equal(found[~region], image[~region])
+    np.testing.assert_allclose(found, other, atol=0.01 * np.ptp(image))
+
+
+@pytest.mark.parametrize("region", [blob(), np.ones((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)])
+def test_exemplar_without_a_displacement_that_fits_is_harmonic(image, region):
+    image, region = jnp.asarray(image, jnp.float32), jnp.asarray(region)
+    found = by_example(image, region)
+    assert np.all(np.isfinite(found))
+    np.testing.assert_allclose(found, default(image, region), atol=1e-5)
+
+
+def test_exemplar_is_the_same_under_vmap(image):
+    image = jnp.asarray(image, jnp.float32)
+    regions = jnp.asarray([small_blob(), small_at_a_corner(), blob()])
+    together = jax.jit(jax.vmap(functools.partial(exemplar, rim=3), in_axes=(None, 0)))(image, regions)
+    alone = np.stack([by_example(image, region) for region in regions])
+    np.testing.assert_allclose(together, alone, atol=1e-3)

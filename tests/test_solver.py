@@ -48,7 +48,7 @@ def problem():
     x = 0.2 * jax.random.normal(key, (24, 24, 3))
     x = x.at[8:14, 9:17].add(1.5)
     region = jnp.zeros((24, 24), bool).at[5:18, 6:20].set(True)
-    return Problem.make(detector, x, region, None, Settings(), 0.02)
+    return Problem.make(detector, x, region, None, Settings()).with_beta(0.02)
 
 
 def test_the_loop_equals_a_plain_python_one(problem):
@@ -114,7 +114,7 @@ def test_an_empty_region_takes_no_step(problem):
 
 def test_vmap_equals_one_at_a_time(problem):
     """Without the penalty's kink, around which rounding errors grow, lanes agree to the last digits."""
-    problem = eqx.tree_at(lambda p: p.weights.beta, problem, jnp.zeros(()))
+    problem = problem.with_beta(0.0)
     starts = jnp.stack([jnp.zeros_like(problem.x), problem.x * 0.5])
     together = jax.vmap(lambda n0: solve(problem, n0, Settings(tolerance=0.01), 200))(starts)
     for i, start in enumerate(starts):

@@ -90,6 +90,7 @@ def state_dict_file(arrays, layout=legacy_file):
     kinds = {np.dtype(dtype): kind for kind, dtype in STORAGES.items()}
     entries, buffers = {}, {}
     for i, (key, array) in enumerate(arrays.items()):
+        array = array.copy(order="C")
         stride = tuple(s // array.itemsize for s in array.strides)
         entries[key] = tensor(storage(array.size, str(i), kinds[array.dtype]), array.shape, stride)
         buffers[str(i)] = array.ravel()

@@ -30,7 +30,7 @@ class Backbone(eqx.Module):
     checksum: UInt8[Array | np.ndarray, " 32"]
     """SHA-256 over the weights; a saved detector refuses a backbone with another."""
 
-    def __call__(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "h_k w_k c_k"], ...]:
+    def __call__(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
         """Feature maps of the tapped layers; ``h`` and ``w`` multiples of :attr:`stride`, ``image`` in network units."""
         maps = nnx.merge(self.graphdef, self.state)(image)
         return tuple(maps[layer] for layer in self.layers)

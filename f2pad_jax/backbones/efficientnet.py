@@ -60,7 +60,7 @@ class EfficientNetLite0(nnx.Module):
         self.head = Pointwise(c_in, 1280)
         self.classifier = Pointwise(1280, 1000)
 
-    def __call__(self, x: Float[Array, "h w 3"]) -> dict[str, Float[Array, "h_k w_k c_k"]]:
+    def __call__(self, x: Float[Array, "h w 3"]) -> dict[str, Float[Array, "_h_k _w_k _c_k"]]:
         """Every stage's output, by name."""
         maps = {}
         x = jax.nn.relu6(self.stem(x))

@@ -48,7 +48,7 @@ class AbstractDetector(eqx.Module):
         return where
 
     @abc.abstractmethod
-    def scores(self, image: Float[Array, "h w 3"], where: Where) -> tuple[Float[Array, "h_k w_k"], ...]:
+    def scores(self, image: Float[Array, "h w 3"], where: Where) -> tuple[Float[Array, "_h_k _w_k"], ...]:
         """Anomaly scores of a window's positions, one map per scored layer, differentiable in ``image``."""
 
 

@@ -81,7 +81,7 @@ class PatchCore(AbstractDetector):
         chosen = _blocked(choose, (features.reshape(-1, features.shape[-1]), where.indices))
         return Candidates(where.indices, chosen.reshape(features.shape))
 
-    def scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "h_k w_k"]]:
+    def scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
         """Squared L2 distance to the nearest candidate, Eq. (5), in units of the mean normal score."""
         return (jnp.sum((embed(self.backbone, image) - where.nearest) ** 2, axis=-1) / self.scale,)
 

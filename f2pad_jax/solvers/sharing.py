@@ -29,7 +29,7 @@ def bilateral_sharing(
     radius: int = 5,
     sigma0: float = 1.1,
     sigma1: float | Float[Array, ""] = 3.0,
-    tolerance: float = 1e-4,
+    tolerance: float = 2e-4,
 ) -> GradientSharing:
     """Weights of Eq. (14) around every pixel of the input: w ∝ exp(-(i²+j²)/σ0)·exp(-|x_there - x_here|²/σ1).
 
@@ -40,7 +40,7 @@ def bilateral_sharing(
         radius: k_s, pixels.
         sigma0: spatial scale, pixels².
         sigma1: colour scale, squared normalised intensity.
-        tolerance: taps whose spatial factor is smaller are left out. 1e-4 keeps 29 of the 121 taps of k_s = 5; 0 keeps all.
+        tolerance: taps whose spatial factor is smaller are left out. 2e-4 keeps 29 of the 121 taps of k_s = 5; 0 keeps all.
     """
     span = range(-radius, radius + 1)
     spatial = {(i, j): math.exp(-(i * i + j * j) / sigma0) for i in span for j in span}
