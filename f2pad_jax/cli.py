@@ -127,6 +127,7 @@ def _refine(arguments: argparse.Namespace) -> None:
 
     detector = load_detector(arguments.model)
     found = list_images(arguments.images)
+    stems = _stems([relative for _, relative in found])
     check_images(path for path, _ in found)
     _folder(arguments.out)
     _use_compilation_cache()
@@ -134,7 +135,7 @@ def _refine(arguments: argparse.Namespace) -> None:
     records, start = [], time.perf_counter()
     with _progress() as progress:
         progress("refining", 0, len(found))
-        for (path, _), stem in zip(found, _stems([relative for _, relative in found]), strict=True):
+        for (path, _), stem in zip(found, stems, strict=True):
             image, began = read_image(path), time.perf_counter()
             result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image))
             outcome = f2pad_jax.Outcome(int(result.outcome))

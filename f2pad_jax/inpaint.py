@@ -40,10 +40,11 @@ def exemplar(
 ) -> Float[Array, "h w 3"]:
     """The best-matching other part of the same image, blended in seamlessly.
 
-    One displacement moves known pixels over the whole region: the one whose pixels agree best with the image on a rim of
-    ``rim`` pixels around it (squared difference over all displacements by FFT). The remaining difference on the rim is
-    spread harmonically over the inside (Poisson blending, Perez et al. 2003). Texture stays texture, which
-    :func:`harmonic` alone smooths away. Where no displacement fits, the fill is :func:`harmonic`.
+    One displacement brings known pixels to the whole region: the one that agrees best with the image on a rim of ``rim``
+    pixels around it (squared differences of all displacements at once, by FFT). What difference remains on the rim is
+    spread over the inside by Laplace's equation (Poisson blending, Perez et al. 2003). Texture stays texture, which
+    :func:`harmonic` smooths away; where nothing of the image fits, the fill is :func:`harmonic`.
+    Departure: the paper uses a masked autoencoder; this fill needs no weights.
     """
     h, w, _ = image.shape
     around = dilate(region, rim) & ~region
@@ -61,12 +62,9 @@ def exemplar(
     needed = dilate(region, rim).astype(image.dtype)
     whole = correlate(needed, known) > jnp.sum(needed) - 0.5  # every pixel to copy and its rim are known
     best = jnp.argmin(jnp.where(whole, mismatch, jnp.inf))
-    rows, columns = best // (2 * w), best % (2 * w)
-    copied = jnp.roll(image, (-rows, -columns), axis=(0, 1))
-    # displacements beyond h (w) are negative; rolling by them is the same modulo the image size only after this
-    copied = jnp.roll(
-        image, (-jnp.where(rows >= h, rows - 2 * h, rows), -jnp.where(columns >= w, columns - 2 * w, columns)), axis=(0, 1)
-    )
+    row, column = best // (2 * w), best % (2 * w)
+    down, right = jnp.where(row >= h, row - 2 * h, row), jnp.where(column >= w, column - 2 * w, column)
+    copied = jnp.roll(jnp.roll(image, -down, axis=0), -right, axis=1)
     copied = jnp.where(jnp.any(whole), copied, 0.0)
     difference = harmonic(image - copied, region, max_steps=max_steps)
     return jnp.where(region[..., None], copied + difference, image)

@@ -135,7 +135,7 @@ def solve_window(
     x = crop(coarse.x)
 
     def decompose(region: Bool[Array, "h w"], phase):
-        """x = n + a inside ``region``: lines 1-9."""
+        """X = n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
         n0 = crop(inpaint(coarse.x, paste(region, jnp.zeros_like(coarse.mask))))  # line 1
         problem = Problem.make(detector, x, region, detector.locate(n0, corner), settings)  # line 2
@@ -154,9 +154,7 @@ def solve_window(
     _, (masks, solutions) = jax.lax.scan(decompose, crop(coarse.region), phases)
     mask, first = masks[0], jax.tree.map(lambda leaf: leaf[0], solutions)
     n = jnp.where(mask[..., None], solutions.n[1], x)
-    return Solved(
-        paste(mask, jnp.zeros_like(coarse.mask)), paste(n, coarse.x), first.steps, first.objective, first.outcome
-    )
+    return Solved(paste(mask, jnp.zeros_like(coarse.mask)), paste(n, coarse.x), first.steps, first.objective, first.outcome)
 
 
 def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Refined:

@@ -63,7 +63,7 @@ class Settings(eqx.Module):
     """Learning rate of the re-estimation of n: there is no sparsity term whose kink needs long steps, and short ones leave
     no noise. Paper: that of the first solve."""
     restore_steps: int | Int[Array, ""] = 50
-    """Most steps of the re-estimation of n with β = 0 inside the mask; 0 leaves the inpainted start. Paper: to convergence."""
+    """Most steps of the re-estimation of n with β = 0 inside the mask; 0 leaves the first guess. Paper: to convergence."""
 
     def with_rate(self, learning_rate: Scalar) -> "Settings":
         """The same settings with another learning rate."""

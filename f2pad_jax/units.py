@@ -30,6 +30,8 @@ def to_unit(images: Shaped[Array | np.ndarray, "..."] | Sequence) -> Float[Array
     """
     if isinstance(images, (list, tuple)):
         arrays = [np.asarray(image) for image in images]
+        if not arrays:
+            raise ImageError("the list of images is empty")
         if len({array.shape for array in arrays}) > 1:
             raise ImageError("the images of a batch differ in size; pass them one at a time")
         images = np.stack(arrays)
@@ -43,7 +45,9 @@ def to_unit(images: Shaped[Array | np.ndarray, "..."] | Sequence) -> Float[Array
             "grey or RGB (drop an alpha channel first)"
         )
     if images.dtype in (np.uint8, np.uint16):
-        unit = jnp.asarray(images, jnp.float32) / np.iinfo(images.dtype).max
+        # looked up, since XLA divides by multiplying and would miss the nearest float
+        levels = np.arange(np.iinfo(images.dtype).max + 1, dtype=np.float32) / np.float32(np.iinfo(images.dtype).max)
+        unit = jnp.asarray(levels)[jnp.asarray(images)]
     elif images.dtype == bool or jnp.issubdtype(images.dtype, jnp.floating):
         unit = jnp.asarray(images, jnp.float32)
         if not isinstance(unit, Tracer):

@@ -142,20 +142,20 @@ def test_gallery_is_a_grid_with_every_image_in_its_cell():
     colours = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]], [[0, 250, 250], [250, 0, 250]]], np.uint8)
     rows = [[np.broadcast_to(colour, (30, 50, 3)) for colour in row] for row in colours]
     found = gallery(rows, ["left", "right"], ["one", "two\nlines", "three"], cell=60)
-    assert found.dtype == np.uint8 and found.shape == (26 + 3 * 66 + 6, 104 + 2 * 66 + 6, 3)
+    assert found.dtype == np.uint8 and found.shape == (26 + 3 * 66 + 6, 124 + 2 * 66 + 6, 3)
     for r in range(3):
         for c in range(2):
-            tile = found[26 + r * 66 :, 104 + c * 66 :][:60, :60]
+            tile = found[26 + r * 66 :, 124 + c * 66 :][:60, :60]
             np.testing.assert_array_equal(tile, np.broadcast_to(colours[r, c], (60, 60, 3)))
-    assert np.any(found[:26, 104:] < 128) and np.any(found[26:, :104] < 128)  # titles and labels
+    assert np.any(found[:26, 124:] < 128) and np.any(found[26:, :124] < 128)  # titles and labels
 
 
 def test_gallery_takes_masks_grey_and_floats_of_any_size():
     mask = np.zeros((7, 9), bool)
     mask[3:, :] = True
     found = gallery([[mask, picture(), np.full((5, 5), 0.5), picture()[..., 0]]], list("abcd"), ["x"], cell=40)
-    assert found.shape == (26 + 46 + 6, 104 + 4 * 46 + 6, 3)
-    assert set(np.unique(found[26:66, 104:144])) == {0, 255}  # a mask stays black and white
+    assert found.shape == (26 + 46 + 6, 124 + 4 * 46 + 6, 3)
+    assert set(np.unique(found[26:66, 124:164])) == {0, 255}  # a mask stays black and white
 
 
 def test_gallery_refuses_rows_without_labels():

@@ -37,7 +37,8 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
                     )
                 array = np.repeat((values / 257).round().astype(np.uint8)[..., None], 3, axis=-1)
             else:
-                array = np.asarray(image.convert("RGB"))
+                opaque = image.convert("RGBA") if "transparency" in image.info else image
+                array = np.asarray(opaque.convert("RGB"))
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -63,7 +64,9 @@ def list_images(sources: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            inside = sorted(
+                p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+            )
             if not inside:
                 raise ImageError(f"{source}: no images in this folder (looked for {', '.join(SUFFIXES)})")
             found += [(p, p.relative_to(source)) for p in inside]

@@ -29,8 +29,7 @@ def best_threshold(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n 
     f1 = 2 * true_positives / (np.arange(1, hits.size + 1) + true_positives[-1])
     f1[:-1][values[:-1] == values[1:]] = -1  # equal values can't be told apart
     best = int(np.argmax(f1))
-    return (
-        float((values[best] + values[best + 1]) / 2)
-        if best + 1 < values.size
-        else float(np.nextafter(values[best], -np.inf))
-    )
+    if best + 1 == values.size:
+        return float(np.nextafter(values[best], values.dtype.type(-np.inf)))
+    between = values[best + 1] + (values[best] - values[best + 1]) / 2
+    return float(between if between < values[best] else values[best + 1])

@@ -41,7 +41,7 @@ def gallery(
         labels: one per row, lines separated by newlines.
         cell: side of a cell, pixels.
     """
-    gap, head, side = 6, 26, 104
+    gap, head, side = 6, 26, 124
     width = side + len(titles) * (cell + gap) + gap
     canvas = PIL.Image.new("RGB", (width, head + len(rows) * (cell + gap) + gap), "white")
     draw = PIL.ImageDraw.Draw(canvas)

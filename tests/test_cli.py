@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from f2pad_jax.cli import main
+from f2pad_jax.data.textures import load_texture
+
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def texture():
+    return load_texture("gravel", size=SIZE, num_train=5, num_test=2)
+
+
+@pytest.fixture(scope="module")
+def normal_folder(texture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("normal")
+    for i, image in enumerate(texture.train):
+        PIL.Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(normal_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "gravel.model"
+    assert main(["fit", str(normal_folder), "--out", str(path), "--size", str(SIZE)]) == 0
+    return path
+
+
+@pytest.fixture
+def defective(texture, tmp_path):
+    path = tmp_path / "defective.png"
+    PIL.Image.fromarray(texture.test[0].image).save(path)
+    return path
+
+
+def refused(capsys, *arguments):
+    """The one line the command says on refusing ``arguments``."""
+    assert main([str(a) for a in arguments]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("f2pad: error: ")
+    assert "Traceback" not in line
+    return line
+
+
+def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, capsys):
+    """Colour, grey, alpha, palette and 16-bit images, in folders of their own."""
+    rgb = PIL.Image.fromarray(texture.test[0].image)
+    grey = np.asarray(rgb.convert("L"))
+    inputs = {
+        "colour/a.png": rgb.resize((130, 110)),
+        "grey/a.png": rgb.convert("L"),
+        "alpha.png": rgb.convert("RGBA"),
+        "palette.png": rgb.quantize(64),
+        "deep.png": PIL.Image.fromarray(grey.astype(np.uint16) * 257),
+        "good.png": PIL.Image.fromarray(texture.train[0]),
+    }
+    for name, image in inputs.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    assert main(["refine", str(model), str(tmp_path / "in"), "--out", str(out)]) == 0
+    assert "6 images" in capsys.readouterr().out
+    records = {r["image"].rsplit("/in/")[-1]: r for r in json.loads((out / "results.json").read_text())["images"]}
+    assert records.keys() == inputs.keys()
+    for name, image in inputs.items():
+        for kind in ("mask", "normal", "overlay"):
+            with PIL.Image.open(out / records[name][kind]) as written:
+                assert written.size == image.size
+        mask = np.asarray(PIL.Image.open(out / records[name]["mask"]))
+        assert set(np.unique(mask)) <= {0, 255}
+        assert (mask > 0).sum() == records[name]["anomalous_pixels"]
+    assert records["colour/a.png"]["anomalous_pixels"] > 0
+    assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0
+    assert not list(out.rglob(".*")), "no temporary file is left"
+
+
+def test_bad_folders_to_fit(tmp_path, normal_folder, capsys):
+    model = tmp_path / "x.model"
+    assert "no such folder" in refused(capsys, "fit", tmp_path / "missing", "--out", model)
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused(capsys, "fit", tmp_path / "empty", "--out", model)
+    broken = tmp_path / "broken"
+    shutil.copytree(normal_folder, broken)
+    (broken / "9.png").write_text("this is text")
+    assert "9.png" in refused(capsys, "fit", broken, "--out", model)
+    assert "folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path)
+    assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", 100)
+    assert not model.exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "tiny", "empty"])
+def test_bad_images_to_refine(kind, model, defective, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    if kind == "text":
+        bad.write_text("this is text")
+    elif kind == "truncated":
+        bad.write_bytes(defective.read_bytes()[:2000])
+    elif kind == "tiny":
+        PIL.Image.new("RGB", (1, 1)).save(bad)
+    elif kind == "empty":
+        bad.touch()
+    out = tmp_path / "out"
+    assert "bad.png" in refused(capsys, "refine", model, defective, bad, "--out", out)
+    assert not out.exists(), "nothing is written when one image is bad"
+
+
+def test_bad_models(model, defective, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no such file" in refused(capsys, "refine", tmp_path / "missing.model", defective, "--out", out)
+    assert "not a model" in refused(capsys, "refine", defective, defective, "--out", out)
+    data = bytearray(model.read_bytes())
+    data[-100] ^= 1
+    tampered = tmp_path / "tampered.model"
+    tampered.write_bytes(data)
+    assert "damaged or altered" in refused(capsys, "refine", tampered, defective, "--out", out)
+    tampered.write_bytes(data[:-1000])
+    assert "tampered.model" in refused(capsys, "refine", tampered, defective, "--out", out)
+    assert not out.exists()
+
+
+def test_damaged_backbone_weights(model, defective, tmp_path, capsys, monkeypatch):
+    from f2pad_jax import load_backbone
+
+    monkeypatch.setenv("F2PAD_CACHE", str(tmp_path / "cache"))
+    load_backbone("efficientnet-lite0")
+    cached = tmp_path / "cache" / "efficientnet-lite0.safetensors"
+    data = bytearray(cached.read_bytes())
+    data[-5000] ^= 1
+    cached.write_bytes(data)
+    line = refused(capsys, "refine", model, defective, "--out", tmp_path / "out")
+    assert str(cached) in line and "delete" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_not_be_a_file(model, defective, capsys):
+    assert "not a folder" in refused(capsys, "refine", model, defective, "--out", defective)
+
+
+def test_two_images_never_share_an_output(model, defective, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    shutil.copy(defective, tmp_path / "a")
+    shutil.copy(defective, tmp_path / "b")
+    line = refused(capsys, "refine", model, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    assert "defective" in line
+
+
+def test_help_and_version(capsys):
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+    assert "f2pad" in capsys.readouterr().out
