@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
             good.append((not result.coarse_mask.any(), not result.mask.any()))
             continue
         mask = PIL.Image.open(folder / "ground_truth" / kind / f"{path.stem}_mask.png")
-        truth = np.asarray(mask.resize(detector.size[::-1], PIL.Image.Resampling.NEAREST)) > 127
+        truth = np.asarray(mask.convert("L").resize(detector.size[::-1], PIL.Image.Resampling.NEAREST)) > 127
         maps.append(result.coarse_map)
         truths.append(truth)
         rows.append((iou(result.coarse_mask, truth), iou(result.mask, truth)))

@@ -69,9 +69,13 @@ def load(
     if not cached.exists():
         source = _package_file(name, entry["source"])
         _check_file(source, entry["source"]["sha256"])
-        write_safetensors(
-            cached, _converted(source, name, convert), {"network": name, "source_sha256": entry["source"]["sha256"]}
-        )
+        converted = _converted(source, name, convert)
+        try:
+            write_safetensors(cached, converted, {"network": name, "source_sha256": entry["source"]["sha256"]})
+        except OSError as error:
+            raise CheckpointError(
+                f"{cached}: can't be written ({error.strerror}); set F2PAD_CACHE to another folder"
+            ) from None
     tensors, _ = read_safetensors(cached)
     if content_checksum(tensors) != entry["converted_sha256"]:
         raise CheckpointError(
@@ -86,6 +90,8 @@ def _converted(path: Path, name: str, convert: Callable) -> dict[str, np.ndarray
         return convert(read_torch_file(path))
     except KeyError as error:
         raise CheckpointError(f"{path}: not the weights of {name}: tensor {error} is missing or unexpected") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not the weights of {name}: {error}") from None
 
 
 def _package_file(name: str, source: Mapping[str, str]) -> Path:

@@ -63,8 +63,8 @@ def exemplar(
     whole = correlate(needed, known) > jnp.sum(needed) - 0.5  # every pixel to copy and its rim are known
     best = jnp.argmin(jnp.where(whole, mismatch, jnp.inf))
     row, column = best // (2 * w), best % (2 * w)
-    down, right = jnp.where(row >= h, row - 2 * h, row), jnp.where(column >= w, column - 2 * w, column)
-    copied = jnp.roll(jnp.roll(image, -down, axis=0), -right, axis=1)
+    # the copy wraps around only where it isn't needed; modulo 2h, and so modulo h, displacements back are negative ones
+    copied = jnp.roll(image, (-row, -column), axis=(0, 1))  # pyright: ignore[reportArgumentType]
     copied = jnp.where(jnp.any(whole), copied, 0.0)
     difference = harmonic(image - copied, region, max_steps=max_steps)
     return jnp.where(region[..., None], copied + difference, image)

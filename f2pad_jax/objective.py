@@ -84,7 +84,8 @@ def sparsity_weight(
 
     β = sparsity · E / (l_a(x - n0) - l_a(0)), where E is the sum over the affected positions of the input's scores above
     the ordinary level 1. So the sparsity term's whole range, from n0 to x, is a fixed multiple of the evidence against x,
-    for faint defects and glaring ones, and however much of the defect m0 has found.
+    for faint defects and glaring ones, and however much of the defect m0 has found. (The
+    denominator is floored at 1, which only an n0 equal to x reaches.)
 
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
     times too large and n returns to x. ``settings.beta0`` selects the paper's rule.

@@ -91,19 +91,21 @@ def refine(
     Raises:
         ImageError: the images have a wrong shape, dtype or range.
     """
-    settings = Settings() if settings is None else settings
+    constants: Settings = jax.tree.map(
+        jnp.asarray, settings or Settings()
+    )  # traced, so that another number is no other program
     batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 16)
     unit = to_unit(images)
     batch = unit if unit.ndim == 4 else unit[None]
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, settings))):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, constants))):
 
         def whole(image):
-            coarse = look(detector, image, settings)
-            return compose(image, coarse, solve_window(detector, coarse, settings, inpaint))
+            coarse = look(detector, image, constants)
+            return compose(image, coarse, solve_window(detector, coarse, constants, inpaint))
 
         results = jax.lax.map(whole, batch, batch_size=batch_size)
     else:
-        results = _refine_on_host(detector, batch, settings, inpaint, batch_size, progress)
+        results = _refine_on_host(detector, batch, constants, inpaint, batch_size, progress)
     return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
 
 

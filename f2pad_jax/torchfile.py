@@ -5,10 +5,15 @@ an inert object of this module. Any other name is refused before anything is cal
 Both layouts are read: the zip archive (PyTorch >= 1.6) and the older stream of pickles.
 """
 
+import io
+import math
+import mmap
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -90,6 +95,8 @@ def _rebuild_tensor(storage, offset, shape, stride, *_):
         raise pickle.UnpicklingError("a tensor's description is malformed")
     if 0 not in shape and offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= storage.numel:
         raise pickle.UnpicklingError("a tensor reaches past the end of its storage")
+    if math.prod(shape) > storage.numel:
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
     return _Tensor(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -108,8 +115,13 @@ _NAMES: dict[tuple[str, str], _Name] = {
 }
 
 
+def _quoted(text: str) -> str:
+    """Text of the file on one short line."""
+    return repr(text if len(text) <= 100 else text[:99] + "…")
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], storages: dict[str, _Storage]):
+    def __init__(self, file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]):
         super().__init__(file, encoding="utf-8")
         self.storages = storages
 
@@ -117,17 +129,35 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _NAMES[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for '{module}.{name}', which is no tensor; nothing was run") from None
+            asked = _quoted(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"it asks for {asked}, which is no tensor; nothing was run") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
-            case ("storage", _Name(dtype=np.dtype() as dtype), str(key), _, int(numel), *_) if numel >= 0:
+            case ("storage", _Name(dtype=np.dtype() as dtype), str(key), _, int(numel), *view) if numel >= 0 and view in (
+                [],
+                [None],
+            ):
                 storage = self.storages.setdefault(key, _Storage(dtype, key, numel))
             case _:
                 raise pickle.UnpicklingError("a storage's description is malformed")
         if (storage.dtype, storage.numel) != (dtype, numel):
-            raise pickle.UnpicklingError(f"storage '{key}' is described twice, differently")
+            raise pickle.UnpicklingError(f"storage {_quoted(key)} is described twice, differently")
         return storage
+
+
+def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]) -> Any:
+    """The next pickle of ``file``, once every opcode has been looked at."""
+    start = file.tell()
+    for opcode, argument, position in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
+        if opcode.name in ("EXT1", "EXT2", "EXT4"):  # these can fetch an object without asking find_class
+            raise pickle.UnpicklingError(f"it uses {opcode.name}, which no tensor needs; nothing was run")
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (
+            position or 0
+        ):  # the memo would take memory up to this number
+            raise pickle.UnpicklingError("its memo is malformed")
+    file.seek(start)
+    return _Unpickler(file, storages).load()
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -142,32 +172,42 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     storages: dict[str, _Storage] = {}
     try:
         with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
-                root = _read_zip(file, storages)
+            if file.read(4) == b"PK\x03\x04":
+                root = _read_zip(file, storages, path.stat().st_size)
             else:
-                file.seek(0)
-                root = _read_legacy(file, storages, path.stat().st_size)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    root = _read_legacy(content, storages)
         return _arrays(root)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: {error}") from None
-    except (EOFError, struct.error, zipfile.BadZipFile):
+    except (EOFError, struct.error, zipfile.BadZipFile, zlib.error):
         raise CheckpointError(f"{path}: the file is damaged or cut short; get it again") from None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, UnicodeError, OverflowError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise CheckpointError(f"{path}: not a PyTorch weight file ({type(error).__name__}: {error})") from None
 
 
-def _read_zip(file: IO[bytes], storages: dict[str, _Storage]) -> Any:
+def _read_zip(file: IO[bytes], storages: dict[str, _Storage], size: int) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("the archive holds no data.pkl")
+        if any(member.compress_size > size for member in archive.infolist()):
+            raise EOFError
         folder = names[0].removesuffix("data.pkl")
         if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
-        with archive.open(names[0]) as pickled:
-            root = _Unpickler(pickled, storages).load()
+        root = _load(io.BytesIO(archive.read(names[0])), storages)
         for storage in storages.values():
             member = archive.getinfo(f"{folder}data/{storage.key}")
             if member.file_size != storage.numel * storage.dtype.itemsize:
@@ -176,9 +216,9 @@ def _read_zip(file: IO[bytes], storages: dict[str, _Storage]) -> Any:
     return root
 
 
-def _read_legacy(file: IO[bytes], storages: dict[str, _Storage], size: int) -> Any:
+def _read_legacy(file: mmap.mmap, storages: dict[str, _Storage]) -> Any:
     def load() -> Any:
-        return _Unpickler(file, storages).load()
+        return _load(file, storages)
 
     try:
         magic = load()
@@ -193,7 +233,7 @@ def _read_legacy(file: IO[bytes], storages: dict[str, _Storage], size: int) -> A
         storage = storages[key]
         (numel,) = struct.unpack("<q", file.read(8))
         num_bytes = storage.numel * storage.dtype.itemsize
-        if numel != storage.numel or num_bytes > size - file.tell():
+        if numel != storage.numel or num_bytes > file.size() - file.tell():
             raise EOFError
         storage.data = np.frombuffer(file.read(num_bytes), storage.dtype)
     return root
@@ -206,8 +246,10 @@ def _arrays(root: Any) -> dict[str, np.ndarray]:
         raise pickle.UnpicklingError("it holds no dictionary of tensors")
     arrays = {}
     for name, tensor in root.items():
-        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise pickle.UnpicklingError(f"entry {name!r} is no tensor")
+        if not isinstance(name, str):
+            raise pickle.UnpicklingError("an entry has no name")
+        if not isinstance(tensor, _Tensor):
+            raise pickle.UnpicklingError(f"entry {_quoted(name)} is no tensor")
         data = tensor.storage.data
         if data is None:
             raise EOFError

@@ -90,6 +90,8 @@ class EfficientNetLite0(nnx.Module):
                 left.pop(f"{norm}.{name}").astype(np.float64) for name in ("weight", "bias", "running_mean", "running_var")
             )
             left.pop(f"{norm}.num_batches_tracked", None)
+            if kernel.ndim != 4 or not all(v.shape == kernel.shape[:1] for v in (gamma, beta, mean, var)):
+                raise ValueError(f"the shapes of '{conv}' and '{norm}' don't fit together")
             scale = gamma / np.sqrt(var + BATCH_NORM_EPS)
             out[f"{target}.kernel"] = layout(kernel * scale[:, None, None, None]).astype(np.float32)
             out[f"{target}.bias"] = (beta - mean * scale).astype(np.float32)

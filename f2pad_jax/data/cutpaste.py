@@ -30,7 +30,7 @@ def irregular_shape(
         area: range of the blob's share of the image.
     """
     h, w = size
-    target = rng.uniform(*area) * h * w
+    target = max(rng.uniform(*area) * h * w, 1.0)
     radius = np.sqrt(target / np.pi)
     # a random ellipse whose level set is disturbed by noise of a third of its radius
     yy, xx = np.mgrid[:h, :w]

@@ -20,7 +20,7 @@ MIN_SIDE = 16
 def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     """Any common image file as 8-bit RGB, turned the way its EXIF says.
 
-    Grey is repeated, alpha dropped, a palette looked up; of 16 bits the upper 8 are kept (full scale 65535).
+    Grey is repeated, alpha dropped, a palette looked up; 16 bits are scaled to 8 (full scale 65535).
 
     Raises:
         ImageError: the file is missing, no image, damaged, too large to be one, or has a side under :data:`MIN_SIDE`.
@@ -41,11 +41,11 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
                 array = np.asarray(opaque.convert("RGB"))
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path}: a folder, not an image") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ImageError(f"{path}: can't be opened ({error.strerror})") from None
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image, or of a kind Pillow can't read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, PIL.Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: damaged or truncated image ({error})") from None
     if min(array.shape[:2]) < MIN_SIDE:
         raise ImageError(f"{path}: {array.shape[1]}x{array.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
@@ -55,7 +55,7 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
 def list_images(sources: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     """The images under files and folders, sorted, each with its path relative to the source it was found under.
 
-    In folders, hidden files and files that don't end in one of :data:`SUFFIXES` are passed over; a file named outright is
+    In folders, what is hidden and what doesn't end in one of :data:`SUFFIXES` is passed over; a file named outright is
     taken as it is.
 
     Raises:
@@ -65,7 +65,11 @@ def list_images(sources: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     for source in map(Path, sources):
         if source.is_dir():
             inside = sorted(
-                p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+                path
+                for path in source.rglob("*")
+                if path.suffix.lower() in SUFFIXES
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(source).parts)
             )
             if not inside:
                 raise ImageError(f"{source}: no images in this folder (looked for {', '.join(SUFFIXES)})")

@@ -28,13 +28,15 @@ def load_texture(name: str, *, size: int = 224, num_train: int = 12, num_test: i
     Test crops carry one flat-colour defect each, Eq. (16), and are rounded to 8 bits like any camera image.
 
     Raises:
-        ImageError: scikit-image is not installed.
+        ImageError: scikit-image is not installed, or ``size`` is larger than half the photograph.
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise ImageError("the demonstration's photographs come with scikit-image; run: pip install 'f2pad-jax[demo]'")
     photo = read_image(Path(spec.submodule_search_locations[0]) / "data" / f"{name}.png")
     height, width = photo.shape[:2]
+    if size > min(height, width // 2):
+        raise ImageError(f"crops of {size} pixels don't fit into half of {name}'s {width}x{height}")
     rng = np.random.default_rng([seed, NAMES.index(name)])
 
     def crops(left: int, right: int, count: int) -> list[UInt8[np.ndarray, "h w 3"]]:

@@ -34,9 +34,10 @@ def fit_patchcore(
 ) -> PatchCore:
     """Fit PatchCore on defect-free images.
 
-    The scale of the scores and the threshold of the coarse map need no labels: every training image is scored against the
-    memory bank without its own entries, once as it is and once with a synthetic defect pasted on it; the threshold is the
-    one of best pixel F1 over both.
+    The scale of the scores and the threshold of the coarse map need no labels: up to 32 training images are scored against
+    the memory bank without their own entries, once as they are and once with a synthetic defect pasted on them; the
+    threshold is the one of best pixel F1 over both. (Flat patches of a far colour score higher than many real defects: give
+    faint ones a lower threshold, ``equinox.tree_at(lambda d: d.threshold, detector, ...)``.)
 
     Args:
         images: at least two normal images, each as :func:`~f2pad_jax.units.to_unit` takes them; any sizes.
