@@ -8,7 +8,7 @@ HEAD, ROW, PER_CATEGORY, CATEGORIES = 26, 146, 4, 3
 
 
 def main(gallery: str, out: str) -> None:
-    """Keep the titles and the second row of each category; 128 colours keep the file small."""
+    """Keep the titles and the second row of each category."""
     with PIL.Image.open(gallery) as picture:
         strips = [picture.crop((0, 0, picture.width, HEAD))]
         for category in range(CATEGORIES):
@@ -19,7 +19,7 @@ def main(gallery: str, out: str) -> None:
     for strip in strips:
         canvas.paste(strip, (0, top))
         top += strip.height
-    canvas.quantize(128).save(out, optimize=True)
+    canvas.save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The pixel prior: a mixture of Gaussians over normal pixel values (paper, Eq. 9-10)."""
 
+import warnings
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
 
@@ -35,7 +38,9 @@ def fit_prior(
     mixture = BayesianGaussianMixture(
         n_components=min(num_components, len(pixels)), reg_covar=floor**2, random_state=seed, max_iter=500, tol=1e-2
     )
-    mixture.fit(np.asarray(pixels, np.float64))
+    with warnings.catch_warnings():  # means and widths are long settled when the bound still creeps
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(np.asarray(pixels, np.float64))
     kept = mixture.weights_ >= 1e-3
     whitening = np.swapaxes(mixture.precisions_cholesky_[kept], 1, 2)
     return PixelPrior(jnp.asarray(mixture.means_[kept], jnp.float32), jnp.asarray(whitening, jnp.float32))
