@@ -21,6 +21,7 @@ def save_detector(path: str | Path, detector: PatchCore) -> None:
         "memory_bank": detector.memory_bank,
         "scale": detector.scale,
         "threshold": detector.threshold,
+        "faint_threshold": jnp.float32(detector.faint_threshold),
         "prior.means": detector.prior.means,
         "prior.whitening": detector.prior.whitening,
     }
@@ -67,6 +68,7 @@ def load_detector(path: str | Path, *, weights: str | Path | None = None) -> Pat
         threshold=jnp.asarray(tensors["threshold"]),
         size=tuple(header["size"]),
         num_candidates=header["num_candidates"],
+        faint_threshold=jnp.asarray(tensors["faint_threshold"]),
     )
 
 

@@ -113,7 +113,7 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     """Coarse map, m0 and suspect region of an image in 0..1."""
     x = normalise(resized(image, detector.size))
     anomaly_map = detector.anomaly_map(x)
-    mask = anomaly_map > detector.threshold
+    mask = detector.coarse_mask(anomaly_map)
     return Coarse(x, anomaly_map, mask, regions.suspect_region(mask, settings.dilation))
 
 

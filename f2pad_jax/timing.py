@@ -19,4 +19,4 @@ def _durations() -> list[float]:
 
 def compile_seconds() -> float:
     """Seconds JAX has spent tracing, lowering and compiling in this process since this was first called."""
-    return sum(_durations())
+    return sum(_durations(), 0.0)

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.prior import PixelPrior
 
@@ -38,6 +38,10 @@ class AbstractDetector(eqx.Module):
     @abc.abstractmethod
     def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
         """The coarse anomaly map of a whole image."""
+
+    def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
+        """m0. Default: where the map exceeds the threshold."""
+        return anomaly_map > self.threshold
 
     @abc.abstractmethod
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array, " 2"]) -> Where:

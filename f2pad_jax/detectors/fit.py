@@ -36,8 +36,9 @@ def fit_patchcore(
 
     The scale of the scores and the threshold of the coarse map need no labels: up to 32 training images are scored against
     the memory bank without their own entries, once as they are and once with a synthetic defect pasted on them; the
-    threshold is the one of best pixel F1 over both. (Flat patches of a far colour score higher than many real defects: give
-    faint ones a lower threshold, ``equinox.tree_at(lambda d: d.threshold, detector, ...)``.)
+    threshold is the one of best pixel F1 over both. Flat patches of a far colour score higher than many real defects, so an
+    image that nowhere reaches that level is judged by a lower one: the geometric mean of it and of the highest level of the
+    normal images.
 
     Args:
         images: at least two normal images, each as :func:`~f2pad_jax.units.to_unit` takes them; any sizes.
@@ -92,7 +93,9 @@ def fit_patchcore(
         levels += [level, pasted_level]
         labels += [np.zeros(size, bool), pasted.mask]
     scale = max(float(np.mean(raw)), 1e-6)
-    threshold = best_threshold(np.stack(levels) / scale, np.stack(labels))
+    maps, pasted = np.stack(levels) / scale, np.stack(labels)
+    threshold = best_threshold(maps, pasted)
+    highest = np.max(maps[~pasted.any(axis=(1, 2))])  # of normal images
     return PatchCore(
         backbone=backbone,
         memory_bank=bank,
@@ -101,6 +104,7 @@ def fit_patchcore(
         threshold=jnp.float32(threshold),
         size=size,
         num_candidates=num_candidates,
+        faint_threshold=jnp.float32(np.sqrt(threshold * highest) if highest < threshold else np.inf),
     )
 
 

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.detectors.base import AbstractDetector, coarse_map
@@ -44,6 +44,8 @@ class PatchCore(AbstractDetector):
     size: tuple[int, int] = eqx.field(static=True)
     num_candidates: int = eqx.field(static=True, default=50)
     """|M_ij|."""
+    faint_threshold: Float[Array, ""] | float = float("inf")
+    """Level for images that nowhere reach the threshold."""
 
     @property
     def stride(self) -> int:
@@ -55,6 +57,11 @@ class PatchCore(AbstractDetector):
         features = embed(self.backbone, image)
         distances, _ = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, 1)
         return coarse_map(distances.reshape(features.shape[:2]) / self.scale, (image.shape[0], image.shape[1]))
+
+    def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
+        """m0: the map above the threshold or, in an image that nowhere reaches it, above the faint one."""
+        glaring = jnp.any(anomaly_map > self.threshold)
+        return anomaly_map > jnp.where(glaring, self.threshold, self.faint_threshold)
 
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array, " 2"]) -> Candidates:
         """Candidates M_ij from the features of n0; PatchCore does not depend on ``corner``."""
