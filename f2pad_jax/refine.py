@@ -91,9 +91,8 @@ def refine(
     Raises:
         ImageError: the images have a wrong shape, dtype or range.
     """
-    constants: Settings = jax.tree.map(
-        jnp.asarray, settings or Settings()
-    )  # traced, so that another number is no other program
+    # arrays, not numbers, so that another value is no other program
+    constants: Settings = jax.tree.map(jnp.asarray, settings or Settings())
     batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 16)
     unit = to_unit(images)
     batch = unit if unit.ndim == 4 else unit[None]
@@ -137,7 +136,7 @@ def solve_window(
     x = crop(coarse.x)
 
     def decompose(region: Bool[Array, "h w"], phase):
-        """X = n + a inside ``region``: lines 1-9."""
+        """Split x into n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
         n0 = crop(inpaint(coarse.x, paste(region, jnp.zeros_like(coarse.mask))))  # line 1
         problem = Problem.make(detector, x, region, detector.locate(n0, corner), settings)  # line 2

@@ -152,9 +152,8 @@ def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]) -> Any:
     for opcode, argument, position in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
         if opcode.name in ("EXT1", "EXT2", "EXT4"):  # these can fetch an object without asking find_class
             raise pickle.UnpicklingError(f"it uses {opcode.name}, which no tensor needs; nothing was run")
-        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (
-            position or 0
-        ):  # the memo would take memory up to this number
+        # the memo would take memory up to this number
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (position or 0):
             raise pickle.UnpicklingError("its memo is malformed")
     file.seek(start)
     return _Unpickler(file, storages).load()
