@@ -17,6 +17,7 @@ from f2pad_jax.errors import (
 from f2pad_jax.errors import (
     ModelError as ModelError,
 )
+from f2pad_jax.inpaint import MAE as MAE
 from f2pad_jax.inpaint import exemplar as exemplar
 from f2pad_jax.inpaint import harmonic as harmonic
 from f2pad_jax.models import load_detector as load_detector

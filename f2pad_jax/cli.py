@@ -1,4 +1,4 @@
-"""The command ``f2pad``: demo, fit, refine."""
+"""The command ``f2pad``: demo, fit, refine, weights."""
 
 import argparse
 import contextlib
@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import f2pad_jax
-from f2pad_jax.errors import F2padError, ImageError
+from f2pad_jax.checkpoints import cache_folder
+from f2pad_jax.errors import CheckpointError, F2padError, ImageError
+from f2pad_jax.inpaint import INPAINTERS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
     fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of coreset, prior and threshold (%(default)s)")
+    fit.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
+    fit.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="its layers, shallow to deep (default: three of the network's)"
+    )
+    fit.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
     fit.set_defaults(run=_fit)
 
     refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
@@ -54,7 +61,29 @@ def _parser() -> argparse.ArgumentParser:
         "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders searched for images"
     )
     refine.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for masks and pictures")
+    refine.add_argument("--weights", type=Path, metavar="FILE", help="the model's weight file (default: the one installed)")
+    refine.add_argument(
+        "--inpaint",
+        choices=sorted(INPAINTERS),
+        help="first guess of the normal image (default: mae where its weights are installed, else exemplar)",
+    )
     refine.set_defaults(run=_refine)
+
+    weights = commands.add_parser("weights", help="list, fetch, convert and verify the networks' weights")
+    actions = weights.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser(
+        "list", help="every network, where its weights come from and whether they are installed"
+    ).set_defaults(run=_weights_list)
+    fetch = actions.add_parser("fetch", help="download weights, check and convert them")
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="network, such as resnet18")
+    fetch.set_defaults(run=_weights_fetch)
+    convert = actions.add_parser("convert", help="convert a weight file brought by hand")
+    convert.add_argument("file", type=Path, metavar="FILE", help=".pth, .bin or .safetensors")
+    convert.add_argument("--as", dest="name", required=True, metavar="NAME", help="the network whose weights they are")
+    convert.set_defaults(run=_weights_convert)
+    verify = actions.add_parser("verify", help="check installed weights against their checksums")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="networks (default: all that are installed)")
+    verify.set_defaults(run=_weights_verify)
     return parser
 
 
@@ -100,7 +129,8 @@ def _fit(arguments: argparse.Namespace) -> None:
     paths = [path for path, _ in list_images([arguments.normal])]
     check_images(paths)
     _use_compilation_cache()
-    backbone = load_backbone("efficientnet-lite0")
+    layers = tuple(arguments.layers) if arguments.layers else None
+    backbone = load_backbone(arguments.backbone, layers=layers, weights=arguments.weights)
     with _progress() as progress:
         detector = fit_patchcore(
             (read_image(path) for path in paths),
@@ -125,7 +155,7 @@ def _refine(arguments: argparse.Namespace) -> None:
     from f2pad_jax.evaluation.pictures import overlay
     from f2pad_jax.models import load_detector
 
-    detector = load_detector(arguments.model)
+    detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     stems = _stems([relative for _, relative in found])
     check_images(path for path, _ in found)
@@ -137,7 +167,7 @@ def _refine(arguments: argparse.Namespace) -> None:
         progress("refining", 0, len(found))
         for (path, _), stem in zip(found, stems, strict=True):
             image, began = read_image(path), time.perf_counter()
-            result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image))
+            result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image, inpaint=arguments.inpaint))
             outcome = f2pad_jax.Outcome(int(result.outcome))
             files = {kind: f"{stem}_{kind}.png" for kind in ("mask", "normal", "overlay")}
             write_png(arguments.out / files["mask"], result.mask)
@@ -151,6 +181,7 @@ def _refine(arguments: argparse.Namespace) -> None:
                     "anomalous_share": float(result.mask.mean()),
                     "coarse_share": float(result.coarse_mask.mean()),
                     "max_score": float(result.coarse_map.max()),
+                    "inpainter": result.inpainter,
                     "steps": int(result.steps),
                     "objective": float(result.objective),
                     "outcome": outcome.name.lower(),
@@ -166,6 +197,55 @@ def _refine(arguments: argparse.Namespace) -> None:
         f"{len(records)} images in {time.perf_counter() - start:.0f} s: {anomalous} with an anomaly, "
         f"{len(records) - anomalous} good; masks and results.json are in {arguments.out}"
     )
+
+
+def _weights_list(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.fetch import list_weights
+
+    found = list(list_weights())
+    for weights in found:
+        size = f"{weights.path.stat().st_size / 1e6:.0f} MB" if weights.path else "-"
+        print(f"{weights.name:18}  {size:>9}  {weights.source}  ({weights.licence})")
+    print(f"{sum(weights.path is not None for weights in found)} of {len(found)} installed in {cache_folder()}")
+
+
+def _weights_fetch(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.fetch import fetch
+
+    for name in arguments.names:
+        with _progress(sizes=True) as progress:
+            path = fetch(name, progress)
+        print(f"{path}: {_holds(name)}")
+
+
+def _weights_convert(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.fetch import convert_weights
+
+    path = convert_weights(arguments.file, arguments.name)
+    print(f"{path}: {_holds(arguments.name)}")
+
+
+def _weights_verify(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.fetch import list_weights
+
+    names = arguments.names or [weights.name for weights in list_weights() if weights.path]
+    if not names:
+        print(f"no weights are installed in {cache_folder()}")
+    failures = []
+    for name in names:
+        try:
+            print(f"{name}: {_holds(name)}, as converted")
+        except CheckpointError as error:
+            failures.append(error)
+            print(f"{name}: {error}")
+    if failures:
+        raise CheckpointError(f"{len(failures)} of {len(names)} failed")
+
+
+def _holds(name: str) -> str:
+    from f2pad_jax.fetch import verify
+
+    return verify(name)
 
 
 _COMPILING = (
@@ -205,16 +285,25 @@ def _use_compilation_cache() -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator:
-    """A progress bar on standard error; yields a function of (stage, done, total)."""
+def _progress(*, sizes: bool = False) -> Iterator:
+    """A progress bar on standard error, of counts or of sizes in bytes; yields a function of (stage, done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<22}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if sizes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:

@@ -1,12 +1,22 @@
 """The first guess n0: the region filled from its surroundings (paper, Section III-E1)."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from flax import nnx
+from jaxtyping import Array, Bool, Complex, Float, Int, UInt8
 
+from f2pad_jax import checkpoints
+from f2pad_jax.backbones import load_autoencoder
+from f2pad_jax.backbones.mae import SIDE
+from f2pad_jax.errors import CheckpointError
 from f2pad_jax.region import dilate
+from f2pad_jax.units import normalise
 
 Inpainter = Callable[[Float[Array, "h w 3"], Bool[Array, "h w"]], Float[Array, "h w 3"]]
 """``(image, region) -> image`` with the region's pixels replaced, in normalised intensity."""
@@ -35,36 +45,168 @@ def harmonic(
     return jnp.where(region[..., None], start + change, image)
 
 
-def exemplar(
-    image: Float[Array, "h w 3"], region: Bool[Array, "h w"], *, rim: int = 8, max_steps: int = 500
-) -> Float[Array, "h w 3"]:
-    """The best-matching other part of the same image, blended in seamlessly.
+_STRANGER = 2.0
+"""How much better another image must fit. Measured: objects fit 4 to 100 times better in another image, textures at most
+twice (but where images overlap), and then the image's own texture, under its own light, does as well."""
 
-    One displacement brings known pixels to the whole region: the one that agrees best with the image on a rim of ``rim``
-    pixels around it (squared differences of all displacements at once, by FFT). What difference remains on the rim is
-    spread over the inside by Laplace's equation (Poisson blending, Perez et al. 2003). Texture stays texture, which
-    :func:`harmonic` smooths away; where nothing of the image fits, the fill is :func:`harmonic`.
+
+def exemplar(
+    image: Float[Array, "h w 3"],
+    region: Bool[Array, "h w"],
+    others: Float[Array, "k h w 3"] | None = None,
+    *,
+    rim: int = 4,
+    max_steps: int = 500,
+) -> Float[Array, "h w 3"]:
+    """The best-matching other part of the same image, or part of another normal image, blended in seamlessly.
+
+    One displacement of one source brings known pixels to the whole region: those that agree best with the image on a rim of
+    ``rim`` pixels around it, up to a constant (squared differences of all displacements at once, by FFT). What difference
+    remains on the rim is spread over the inside by Laplace's equation (Poisson blending, Perez et al. 2003). Texture and
+    parts stay what they are, which :func:`harmonic` smooths away; where nothing fits, the fill is :func:`harmonic`.
     Departure: the paper uses a masked autoencoder; this fill needs no weights.
+
+    Args:
+        image: normalised intensity.
+        region: pixels to replace.
+        others: normal images of the same size; one is taken where it fits twice as well as the image itself.
+        rim: width of the rim, pixels.
+        max_steps: of the Laplace solver.
     """
     h, w, _ = image.shape
-    around = dilate(region, rim) & ~region
-    known = (~region).astype(image.dtype)
     shape = (2 * h, 2 * w)
+    needed = dilate(region, rim)
+    ring = (needed & ~region).astype(image.dtype)
+    num_ring = jnp.maximum(jnp.sum(ring), 1)
 
-    def correlate(a: Float[Array, "h w"], b: Float[Array, "h w"]) -> Float[Array, "h2 w2"]:
+    def spectrum(a: Float[Array, "h w"]) -> Complex[Array, "h2 w3"]:
+        return jnp.fft.rfft2(a, shape)
+
+    def correlated(a: Complex[Array, "h2 w3"], b: Complex[Array, "h2 w3"]) -> Float[Array, "h2 w2"]:
         """Σ_p a(p)·b(p + s) for every displacement s."""
-        return jnp.fft.irfft2(jnp.conj(jnp.fft.rfft2(a, shape)) * jnp.fft.rfft2(b, shape), shape)
+        return jnp.fft.irfft2(jnp.conj(a) * b, shape)
 
-    ring = around.astype(image.dtype)
-    mismatch = correlate(ring, jnp.sum((known[..., None] * image) ** 2, axis=-1))
-    for c in range(3):
-        mismatch -= 2 * correlate(ring * image[..., c], known * image[..., c])
-    needed = dilate(region, rim).astype(image.dtype)
-    whole = correlate(needed, known) > jnp.sum(needed) - 0.5  # every pixel to copy and its rim are known
-    best = jnp.argmin(jnp.where(whole, mismatch, jnp.inf))
-    row, column = best // (2 * w), best % (2 * w)
+    ring_spectrum, needed_spectrum = spectrum(ring), spectrum(needed.astype(image.dtype))
+    ringed = ring[..., None] * image
+    ringed_spectra = [spectrum(ringed[..., c]) for c in range(3)]
+
+    def best(source: tuple[Float[Array, "h w 3"], Float[Array, "h w"]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Σ_rim (x - s)² - (Σ_rim (x - s))²/N, smallest over displacements, and where."""
+        pixels, known = source
+        pixels = known[..., None] * pixels
+        mismatch = jnp.sum(ringed**2) + correlated(ring_spectrum, spectrum(jnp.sum(pixels**2, axis=-1)))
+        for c in range(3):
+            channel = spectrum(pixels[..., c])
+            offset = correlated(ring_spectrum, channel) - jnp.sum(ringed[..., c])
+            mismatch -= 2 * correlated(ringed_spectra[c], channel) + offset**2 / num_ring
+        # every pixel to copy and its rim are known
+        whole = correlated(needed_spectrum, spectrum(known)) > jnp.sum(needed) - 0.5
+        mismatch = jnp.where(whole, mismatch, jnp.inf)
+        where = jnp.argmin(mismatch)
+        return mismatch.ravel()[where], where
+
+    sources, known = image[None], (~region).astype(image.dtype)[None]
+    if others is not None:
+        sources = jnp.concatenate([sources, others])
+        known = jnp.concatenate([known, jnp.ones(others.shape[:3], image.dtype)])
+    mismatches, places = jax.lax.map(best, (sources, known))
+    mismatches = jnp.maximum(mismatches, 0).at[1:].multiply(_STRANGER)
+    chosen = jnp.argmin(mismatches)
+    row, column = places[chosen] // (2 * w), places[chosen] % (2 * w)
     # the copy wraps around only where it isn't needed; modulo 2h, and so modulo h, displacements back are negative ones
-    copied = jnp.roll(image, (-row, -column), axis=(0, 1))  # pyright: ignore[reportArgumentType]
-    copied = jnp.where(jnp.any(whole), copied, 0.0)
+    copied = jnp.roll(sources[chosen], (-row, -column), axis=(0, 1))  # pyright: ignore[reportArgumentType]
+    copied = jnp.where(jnp.isfinite(mismatches[chosen]), copied, 0.0)
     difference = harmonic(image - copied, region, max_steps=max_steps)
     return jnp.where(region[..., None], copied + difference, image)
+
+
+class Exemplar(eqx.Module):
+    """:func:`exemplar` with the normal images a detector keeps."""
+
+    normals: UInt8[Array, "k h w 3"]
+    """RGB, at the size of the images to fill."""
+    name: ClassVar[str] = "exemplar"
+
+    def __call__(self, image: Float[Array, "h w 3"], region: Bool[Array, "h w"]) -> Float[Array, "h w 3"]:
+        """The image with the region's pixels borrowed."""
+        return exemplar(image, region, normalise(self.normals.astype(image.dtype) / 255))
+
+
+class MAE(eqx.Module):
+    """The paper's inpainter: a masked autoencoder draws every patch the region touches, and only the region is taken over.
+
+    The network is run on the whole image, at 224 x 224 pixels; an image of another size is resized there and the drawn
+    pixels back. Irregular regions cost no other program, and ``jax.vmap`` batches images. The weights are leaves of this
+    pytree: pass it as an argument of what you jit. Input and output in normalised intensity, as the network was trained.
+    """
+
+    name: str = eqx.field(static=True)
+    graphdef: nnx.GraphDef = eqx.field(static=True)
+    state: nnx.State
+
+    @staticmethod
+    def load(name: str | None = None, *, weights: str | Path | None = None) -> "MAE":
+        """``mae-base``, ``mae-large`` or ``mae-huge`` with its weights; default: the first of :data:`PREFERRED` installed.
+
+        Raises:
+            CheckpointError: the weights are missing, damaged, another network's or without the decoder.
+        """
+        name = name or installed_mae()
+        if name is None:
+            raise CheckpointError(f"no masked autoencoder is installed; run: f2pad weights fetch {PREFERRED[0]}")
+        return MAE(name, *load_autoencoder(name, weights=weights))
+
+    def __call__(self, image: Float[Array, "h w 3"], region: Bool[Array, "h w"]) -> Float[Array, "h w 3"]:
+        """The image with the region's pixels drawn."""
+        autoencoder = nnx.merge(self.graphdef, self.state)
+        size = image.shape[:2]
+        if size == (SIDE, SIDE):
+            return autoencoder(image, region)
+        touched = jax.image.resize(region.astype(image.dtype), (SIDE, SIDE), "linear") > 0
+        drawn = autoencoder(jax.image.resize(image, (SIDE, SIDE, 3), "linear"), touched)
+        return jnp.where(region[..., None], jax.image.resize(drawn, image.shape, "linear"), image)
+
+
+PREFERRED = ("mae-large", "mae-base", "mae-huge")
+"""Masked autoencoders in the order in which an installed one is chosen."""
+
+INPAINTERS = ("mae", "exemplar", "harmonic")
+
+
+def installed_mae() -> str | None:
+    """The masked autoencoder whose weights are installed, if any."""
+    return next((name for name in PREFERRED if checkpoints.cached_file(name).exists()), None)
+
+
+def choose(
+    inpaint: Inpainter | str | None, normals: UInt8[Array, "k h w 3"] | None = None, *, traced: bool = False
+) -> tuple[str, Inpainter]:
+    """An inpainter and its name. None: ``mae`` where installed, else ``exemplar``, the best one without weights.
+
+    Inside a transform None is ``exemplar``: weights loaded there would be constants of the program.
+
+    Args:
+        inpaint: a name, an inpainter or None.
+        normals: what the detector lets ``exemplar`` borrow from.
+        traced: whether this is inside a transform.
+
+    Raises:
+        CheckpointError: an unknown name, or ``mae`` with no weights installed.
+    """
+    if inpaint is None:
+        inpaint = "mae" if not traced and installed_mae() else "exemplar"
+    match inpaint:
+        case "mae":
+            inpaint = _loaded_mae(installed_mae())
+        case "exemplar":
+            inpaint = exemplar if normals is None else Exemplar(normals)
+        case "harmonic":
+            inpaint = harmonic
+        case str():
+            raise CheckpointError(f"unknown inpainter '{inpaint}'; known: {', '.join(INPAINTERS)}, or any callable")
+    return getattr(inpaint, "name", None) or getattr(inpaint, "__name__", type(inpaint).__name__), inpaint
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded_mae(name: str | None) -> MAE:
+    return MAE.load(name)

@@ -12,11 +12,11 @@ from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import CheckpointError, ModelError
 from f2pad_jax.prior import PixelPrior
 
-FORMAT = "f2pad-model-1"
+FORMAT = "f2pad-model-2"
 
 
 def save_detector(path: str | Path, detector: PatchCore) -> None:
-    """Write a fitted detector: its statistics, prior and threshold, and which backbone weights they belong to."""
+    """Write a fitted detector: statistics, prior, threshold and exemplars, and which backbone weights they belong to."""
     tensors = {
         "memory_bank": detector.memory_bank,
         "scale": detector.scale,
@@ -25,6 +25,8 @@ def save_detector(path: str | Path, detector: PatchCore) -> None:
         "prior.means": detector.prior.means,
         "prior.whitening": detector.prior.whitening,
     }
+    if detector.normals is not None:
+        tensors["normals"] = detector.normals
     tensors = {name: np.asarray(value) for name, value in tensors.items()}
     header = {
         "detector": "patchcore",
@@ -69,6 +71,7 @@ def load_detector(path: str | Path, *, weights: str | Path | None = None) -> Pat
         size=tuple(header["size"]),
         num_candidates=header["num_candidates"],
         faint_threshold=jnp.asarray(tensors["faint_threshold"]),
+        normals=jnp.asarray(tensors["normals"]) if "normals" in tensors else None,
     )
 
 

@@ -1,5 +1,6 @@
 """``refine``: from coarse maps to pixel-accurate masks, Algorithm 1 of the paper."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from f2pad_jax import region as regions
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.inpaint import Inpainter, exemplar
+from f2pad_jax.inpaint import Inpainter, choose, exemplar
 from f2pad_jax.objective import Problem, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
@@ -42,6 +43,8 @@ class Refined(eqx.Module):
     """Eq. (12) where the mask was found."""
     outcome: Int[Array, "*b"]
     """An :class:`~f2pad_jax.Outcome`."""
+    inpainter: str = eqx.field(static=True, default="")
+    """What made the first guess n0."""
 
 
 class Coarse(eqx.Module):
@@ -69,7 +72,7 @@ def refine(
     images: Shaped[Array | np.ndarray, "..."] | Sequence,
     *,
     settings: Settings | None = None,
-    inpaint: Inpainter = exemplar,
+    inpaint: Inpainter | str | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refined:
@@ -84,19 +87,24 @@ def refine(
         images: ``(h, w)``, ``(h, w, 3)`` or ``(n, h, w, 3)``; uint8, uint16 or float in 0..1; any size. They are resized to
             the detector's size and the results back; at the detector's own size nothing is resized.
         settings: constants of the method.
-        inpaint: the first guess n0.
+        inpaint: what makes the first guess n0: ``"mae"`` (the paper's), ``"exemplar"``, ``"harmonic"`` or any callable of
+            (normalised image, region), a pytree or a function. Default: ``"mae"`` where a masked autoencoder's weights are
+            installed and this is no trace, else ``"exemplar"``; the result says which.
         batch_size: images solved side by side by ``vmap``; default 1 on a CPU, 16 elsewhere.
         progress: called on the host as (done, total).
 
     Raises:
         ImageError: the images have a wrong shape, dtype or range.
+        CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
     """
     # arrays, not numbers, so that another value is no other program
     constants: Settings = jax.tree.map(jnp.asarray, settings or Settings())
     batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 16)
     unit = to_unit(images)
     batch = unit if unit.ndim == 4 else unit[None]
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, constants))):
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, constants, inpaint)))
+    inpainter, inpaint = choose(inpaint, detector.exemplars(), traced=traced)
+    if traced:
 
         def whole(image):
             coarse = look(detector, image, constants)
@@ -105,6 +113,7 @@ def refine(
         results = jax.lax.map(whole, batch, batch_size=batch_size)
     else:
         results = _refine_on_host(detector, batch, constants, inpaint, batch_size, progress)
+    results = dataclasses.replace(results, inpainter=inpainter)
     return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
 
 

@@ -7,13 +7,32 @@ import pytest
 import scipy.ndimage
 import scipy.sparse
 
-from f2pad_jax.inpaint import exemplar, harmonic
+from f2pad_jax import CheckpointError, checkpoints, inpaint
+from f2pad_jax.backbones import NETWORKS, mae
+from f2pad_jax.backbones.conversion import parameter_shapes
+from f2pad_jax.inpaint import MAE, Exemplar, choose, exemplar, harmonic
+from f2pad_jax.units import normalise
 
 HEIGHT, WIDTH = 20, 28
 
 tight = jax.jit(functools.partial(harmonic, rtol=1e-10, max_steps=2000))
 default = jax.jit(harmonic)
 by_example = jax.jit(functools.partial(exemplar, rim=3))
+
+
+@pytest.fixture(scope="module")
+def small_autoencoder(tmp_path_factory):
+    """The weight file of a masked autoencoder small enough for tests, known as ``mae-small``."""
+    network = mae._network(width=48, num_heads=2, depth=2, patch=32)
+    with pytest.MonkeyPatch.context() as patch:
+        for networks in (mae.NETWORKS, NETWORKS):
+            patch.setitem(networks, "mae-small", network)
+        patch.setitem(checkpoints.manifest(), "mae-small", checkpoints.manifest()["mae-base"])
+        rng = np.random.default_rng(0)
+        tensors = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in parameter_shapes(network).items()}
+        path = tmp_path_factory.mktemp("weights") / "mae-small.safetensors"
+        checkpoints.write_safetensors(path, tensors, {})
+        yield path
 
 
 @pytest.fixture
@@ -161,7 +180,8 @@ def best_copy(image, region, rim):
             v, u = ys + dy, xs + dx
             if v.min() < 0 or v.max() >= HEIGHT or u.min() < 0 or u.max() >= WIDTH or region[v, u].any():
                 continue
-            mismatch = np.sum((image[v, u] - image[ys, xs])[on_rim] ** 2)
+            difference = (image[v, u] - image[ys, xs])[on_rim]
+            mismatch = np.sum((difference - difference.mean(axis=0)) ** 2)  # a constant will be blended away
             if mismatch < best:
                 best, copied = mismatch, np.zeros_like(image)
                 copied[needed] = image[v, u]
@@ -209,3 +229,89 @@ def test_exemplar_is_the_same_under_vmap(image):
     together = jax.jit(jax.vmap(functools.partial(exemplar, rim=3), in_axes=(None, 0)))(image, regions)
     alone = np.stack([by_example(image, region) for region in regions])
     np.testing.assert_allclose(together, alone, atol=1e-3)
+
+
+def others(image, seed=2):
+    """Two normal images: one of noise, and the image itself, brighter and shifted."""
+    noise = np.random.default_rng(seed).standard_normal(image.shape)
+    return jnp.asarray(np.stack([noise, np.roll(image, (2, -3), (0, 1)) + 0.5]), jnp.float32)
+
+
+def test_exemplar_borrows_from_another_image_what_fits_but_for_a_constant(image):
+    region = small_blob()
+    painted = np.where(region[..., None], 3.0, image)
+    found = by_example(jnp.asarray(painted, jnp.float32), jnp.asarray(region), others(image))
+    np.testing.assert_allclose(found, image, atol=0.01 * np.ptp(image))
+    alone = by_example(jnp.asarray(painted, jnp.float32), jnp.asarray(region))
+    assert np.abs(alone - image).max() > 0.1 * np.ptp(image)
+
+
+def test_exemplar_borrows_nothing_from_images_that_fit_worse(image):
+    pattern = jnp.asarray(
+        np.stack([np.sin(2 * np.pi * np.mgrid[:HEIGHT, :WIDTH][i % 2] / 4) for i in range(3)], -1), jnp.float32
+    )
+    region = jnp.asarray(small_blob())
+    noise = jnp.asarray(np.random.default_rng(3).standard_normal((1, *pattern.shape)), jnp.float32)
+    np.testing.assert_allclose(by_example(pattern, region, noise), by_example(pattern, region), atol=1e-5)
+
+
+def test_an_exemplar_reads_the_images_a_detector_keeps():
+    rng = np.random.default_rng(4)
+    normals = rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    region = jnp.asarray(small_blob())
+    truth = normalise(jnp.asarray(normals[1], jnp.float32) / 255)
+    found = Exemplar(jnp.asarray(normals))(jnp.where(region[..., None], 0.0, truth), region)
+    np.testing.assert_allclose(found, truth, atol=0.02)
+
+
+@pytest.fixture
+def nothing_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("F2PAD_CACHE", str(tmp_path))
+
+
+def test_the_best_inpainter_that_needs_no_weights_is_the_default(nothing_installed):
+    assert choose(None) == ("exemplar", exemplar)
+    normals = jnp.zeros((1, 8, 8, 3), jnp.uint8)
+    name, chosen = choose(None, normals)
+    assert name == "exemplar" and isinstance(chosen, Exemplar) and chosen.normals is normals
+    assert choose("harmonic", normals) == ("harmonic", harmonic)
+
+
+def test_any_callable_is_taken_and_named():
+    def own(image, region):
+        return image
+
+    assert choose(own) == ("own", own)
+    chosen = functools.partial(own)
+    assert choose(chosen) == ("partial", chosen)
+
+
+def test_mae_without_weights_and_unknown_names_are_refused(nothing_installed):
+    with pytest.raises(CheckpointError, match="f2pad weights fetch mae-large"):
+        choose("mae")
+    with pytest.raises(CheckpointError, match="'telea'; known: mae, exemplar, harmonic"):
+        choose("telea")
+
+
+def test_an_installed_autoencoder_is_the_default_but_inside_a_transform(tmp_path, monkeypatch, small_autoencoder):
+    monkeypatch.setenv("F2PAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(inpaint, "PREFERRED", ("mae-small",))
+    inpaint._loaded_mae.cache_clear()
+    checkpoints.install("mae-small", small_autoencoder, lambda tensors: dict(tensors))
+    name, chosen = choose(None)
+    assert name == "mae-small" and isinstance(chosen, MAE)
+    assert choose("mae")[1] is chosen  # loaded once
+    assert choose(None, traced=True)[0] == "exemplar"
+
+
+def test_mae_fills_an_image_of_another_size(small_autoencoder):
+    autoencoder = MAE.load("mae-small", weights=small_autoencoder)
+    image = jnp.asarray(np.random.default_rng(5).standard_normal((96, 160, 3)), jnp.float32)
+    region = jnp.zeros((96, 160), bool).at[20:41, 33:70].set(True)
+    fill = jax.jit(lambda autoencoder, image, region: autoencoder(image, region))
+    found = fill(autoencoder, image, region)
+    np.testing.assert_array_equal(found[~region], image[~region])
+    assert np.all(np.isfinite(found)) and np.abs(found - image)[region].min(axis=-1).max() > 0
+    hidden = jnp.where(region[..., None], 7.0, image)  # what is under the region's inner pixels is not seen
+    inner = jnp.zeros_like(region).at[26:35, 40:63].set(True)
+    np.testing.assert_allclose(fill(autoencoder, jnp.where(inner[..., None], hidden, image), region), found, atol=1e-5)

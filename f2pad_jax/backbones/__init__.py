@@ -6,14 +6,17 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from f2pad_jax import checkpoints
-from f2pad_jax.backbones.efficientnet import EfficientNetLite0
+from f2pad_jax.backbones import efficientnet, mae, resnet, vit
+from f2pad_jax.backbones.conversion import convert, deepest
+from f2pad_jax.backbones.mae import MaskedAutoencoder
+from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import CheckpointError
 
-NETWORKS = {"efficientnet-lite0": EfficientNetLite0}
-DEFAULT_LAYERS = {"efficientnet-lite0": ("stage2", "stage3", "stage5")}
+BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS}
+NETWORKS: dict[str, Network] = {**BACKBONES, **mae.NETWORKS}
 
 
 class Backbone(eqx.Module):
@@ -28,20 +31,22 @@ class Backbone(eqx.Module):
     state: nnx.State
     """The weights: a traced argument, so another set of weights is no new trace."""
     checksum: UInt8[Array | np.ndarray, " 32"]
-    """SHA-256 over the weights; a saved detector refuses a backbone with another."""
+    """SHA-256 over the weights the tapped layers need; a saved detector refuses a backbone with another."""
 
     def __call__(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
-        """Feature maps of the tapped layers; ``h`` and ``w`` multiples of :attr:`stride`, ``image`` in network units."""
+        """Maps of the tapped layers; ``h`` and ``w`` multiples of :attr:`stride`, ``image`` in network units.
+
+        The map of ``logits`` is (1, 1, 1000), the ImageNet class scores.
+        """
+        if image.shape[0] % self.stride or image.shape[1] % self.stride:
+            raise ValueError(f"{self.name} takes sides that are multiples of {self.stride}, not {image.shape[:2]}")
         maps = nnx.merge(self.graphdef, self.state)(image)
         return tuple(maps[layer] for layer in self.layers)
 
-    def logits(self, image: Float[Array, "h w 3"]) -> Float[Array, " 1000"]:
-        """ImageNet class scores of an image in network units."""
-        return nnx.merge(self.graphdef, self.state).logits(image)
-
-    def normalise(self, unit: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
-        """RGB in 0..1 to network units."""
-        return (unit * 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+    def normalise(self, image: Shaped[Array | np.ndarray, "*b 3"]) -> Float[Array, "*b 3"]:
+        """RGB as uint8, or as floats in 0..1, to network units."""
+        values = jnp.asarray(image, jnp.float32) if image.dtype == np.uint8 else jnp.asarray(image) * 255
+        return (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def denormalise(self, image: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
         """Network units to RGB in 0..1."""
@@ -59,50 +64,61 @@ class Backbone(eqx.Module):
 
 
 def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: str | Path | None = None) -> Backbone:
-    """A network with its ImageNet weights.
+    """A network with its ImageNet weights, built as deep as its deepest tapped layer.
 
     Args:
-        name: one of :data:`NETWORKS`.
-        layers: the layers to tap, shallow to deep; default :data:`DEFAULT_LAYERS`.
-        weights: a converted ``.safetensors`` file or an original weight file; default the one installed for ``name``.
+        name: one of :data:`BACKBONES`, such as ``resnet18``, ``wide-resnet50-2``, ``efficientnet-b6``, ``vit-tiny``; timm's
+            spelling (``wide_resnet50_2``, ``tf_efficientnet_b6``) is understood.
+        layers: the layers to tap; default: three of the network's. ``logits`` are the class scores.
+        weights: a weight file (``.safetensors``, ``.pth`` or ``.bin``; original or converted); default: the one installed.
 
     Raises:
         CheckpointError: unknown name or layer, or the weights are missing, damaged or not this network's.
     """
-    if name not in NETWORKS:
-        raise CheckpointError(f"unknown backbone '{name}'; known: {', '.join(NETWORKS)}")
-    network = NETWORKS[name]
-    layers = tuple(layers or DEFAULT_LAYERS[name])
+    name = canonical_name(name)
+    if name not in BACKBONES:
+        raise CheckpointError(f"unknown backbone '{name}'; known: {', '.join(BACKBONES)}")
+    network = BACKBONES[name]
+    layers = tuple(layers or network.default_layers)
     if unknown := [layer for layer in layers if layer not in network.strides]:
         raise CheckpointError(f"{name} has no layer '{unknown[0]}'; it has {', '.join(network.strides)}")
-    tensors = checkpoints.load(name, network.convert, weights)
-    graphdef, shapes = nnx.split(nnx.eval_shape(network))
-    entry = checkpoints.manifest()[name]
-    return Backbone(
-        name=name,
-        layers=layers,
-        mean=tuple(entry["preprocessing"]["mean"]),
-        std=tuple(entry["preprocessing"]["std"]),
-        graphdef=graphdef,
-        state=_fill(name, shapes, tensors),
-        checksum=np.frombuffer(bytes.fromhex(checkpoints.content_checksum(tensors)), np.uint8),
-    )
+    mean, std = checkpoints.preprocessing(name)
+    graphdef, state, checksum = _load(name, max(layers, key=list(network.strides).index), weights)
+    return Backbone(name, layers, mean, std, graphdef, state, checksum)
 
 
-def _fill(name: str, shapes: nnx.State, tensors: dict[str, np.ndarray]) -> nnx.State:
-    """The network's state with each variable taken from ``tensors``, every name and shape accounted for."""
-    left, filled = dict(tensors), []
+def load_autoencoder(name: str, *, weights: str | Path | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A masked autoencoder's graph and weights; :class:`f2pad_jax.inpaint.MAE` is made of them.
+
+    Raises:
+        CheckpointError: unknown name, or the weights are missing, damaged, not this network's or without the decoder.
+    """
+    name = canonical_name(name)
+    if name not in mae.NETWORKS:
+        raise CheckpointError(f"unknown masked autoencoder '{name}'; known: {', '.join(mae.NETWORKS)}")
+    return _load(name, deepest(NETWORKS[name]), weights)[:2]
+
+
+def canonical_name(name: str) -> str:
+    """Our spelling of a network's name: hyphens, and without timm's ``tf_``."""
+    return name.replace("_", "-").removeprefix("tf-")
+
+
+def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.GraphDef, nnx.State, np.ndarray]:
+    """The network through a layer: its graph, its weights and their checksum."""
+    network = NETWORKS[name]
+    tensors = checkpoints.load(name, lambda tensors: convert(network, tensors), weights)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: network.build(through)))
+    used, filled = {}, []
     for path, variable in nnx.to_flat_state(shapes):
         key = ".".join(map(str, path))
-        if key not in left:
-            raise CheckpointError(f"weights for {name}: tensor '{key}' is missing")
-        value = left.pop(key)
-        if value.shape != variable.shape or value.dtype != np.float32:
-            raise CheckpointError(
-                f"weights for {name}: tensor '{key}' is {value.dtype}{list(value.shape)}, "
-                f"expected float32{list(variable.shape)}"
-            )
-        filled.append((path, variable.replace(jnp.asarray(value))))
-    if left:
-        raise CheckpointError(f"weights for {name}: unexpected tensor '{next(iter(left))}'")
-    return nnx.from_flat_state(filled)
+        if key not in tensors:
+            path = weights or checkpoints.cached_file(name)
+            raise CheckpointError(f"{path}: these weights of {name} end before layer '{through}' ('{key}' is missing)")
+        used[key] = tensors[key]
+        filled.append((path, variable.replace(jnp.asarray(tensors[key]))))
+    checksum = np.frombuffer(bytes.fromhex(checkpoints.content_checksum(used)), np.uint8)
+    return graphdef, nnx.from_flat_state(filled), checksum
+
+
+__all__ = ["BACKBONES", "NETWORKS", "Backbone", "MaskedAutoencoder", "canonical_name", "load_autoencoder", "load_backbone"]

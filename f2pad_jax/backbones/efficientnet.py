@@ -1,19 +1,20 @@
-"""EfficientNet-Lite: MBConv without squeeze-excite, ReLU6, TensorFlow SAME padding (Tan & Le 2019; Lite variant 2020)."""
+"""EfficientNet B0-B7 (Tan & Le 2019) in TensorFlow's form, and EfficientNet-Lite0-4 (2020).
 
-from collections.abc import Mapping
-from typing import ClassVar
+TensorFlow SAME padding and batch-norm eps 1e-3, as in timm's ``tf_`` variants. Lite: no squeeze-and-excitation, ReLU6 for
+swish, and stem, head and the first and last stage's repeats are not scaled.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from f2pad_jax.backbones.layers import Conv, Depthwise, Pointwise
+from f2pad_jax.backbones.network import Network, Rules
 
-BATCH_NORM_EPS = 1e-3
-
-# kernel size, stride, expansion, output channels, repeats
+# kernel size, stride, expansion, output channels, repeats: of B0, which the others scale
 STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -23,101 +24,183 @@ STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
+STRIDES = (2, 4, 8, 16, 16, 32, 32)
+LAYERS = {
+    **{name: s for i, s in enumerate(STRIDES) for name in (f"stage{i + 1}.project", f"stage{i + 1}")},
+    "logits": 32,
+}
+
+# width, depth
+SCALES = {
+    "b0": (1.0, 1.0),
+    "b1": (1.0, 1.1),
+    "b2": (1.1, 1.2),
+    "b3": (1.2, 1.4),
+    "b4": (1.4, 1.8),
+    "b5": (1.6, 2.2),
+    "b6": (1.8, 2.6),
+    "b7": (2.0, 3.1),
+    "lite0": (1.0, 1.0),
+    "lite1": (1.0, 1.1),
+    "lite2": (1.1, 1.2),
+    "lite3": (1.2, 1.4),
+    "lite4": (1.4, 1.8),
+}
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """``channels · width`` to the nearest multiple of 8, at most 10 % below it."""
+    if width == 1:
+        return channels
+    nearest = max(8, int(channels * width + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels * width else nearest
+
+
+def scaled_depths(depth: float, lite: bool) -> list[int]:
+    """Blocks in each stage."""
+    kept = (0, len(STAGES) - 1) if lite else ()
+    return [repeats if i in kept else math.ceil(repeats * depth) for i, (*_, repeats) in enumerate(STAGES)]
+
+
+class SqueezeExcite(nnx.Module):
+    """Channels weighed by a two-layer network of their means."""
+
+    def __init__(self, channels: int, squeezed: int):
+        self.reduce, self.expand = Pointwise(channels, squeezed), Pointwise(squeezed, channels)
+
+    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        """Same shape."""
+        mean = jnp.mean(x, axis=(0, 1), keepdims=True)
+        return x * jax.nn.sigmoid(self.expand(jax.nn.swish(self.reduce(mean))))
 
 
 class MBConv(nnx.Module):
-    """Inverted residual: expand (1x1), depthwise, project (1x1), and the shortcut where shapes allow."""
+    """Inverted residual: expand (1x1), depthwise, squeeze-excite, project (1x1), and the shortcut where shapes allow."""
 
-    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, expansion: int):
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, expansion: int, lite: bool):
+        self.activation = jax.nn.relu6 if lite else jax.nn.swish
         self.shortcut = stride == 1 and c_in == c_out
         self.expand = Pointwise(c_in, c_in * expansion) if expansion > 1 else None
         self.depthwise = Depthwise(c_in * expansion, kernel_size, stride)
+        self.excite = None if lite else SqueezeExcite(c_in * expansion, c_in // 4)
         self.project = Pointwise(c_in * expansion, c_out)
 
-    def __call__(self, x: Float[Array, "h w c_in"]) -> Float[Array, "h2 w2 c_out"]:
-        """Side divided by the stride."""
-        y = x if self.expand is None else jax.nn.relu6(self.expand(x))
-        y = self.project(jax.nn.relu6(self.depthwise(y)))
-        return x + y if self.shortcut else y
+    def __call__(self, x: Float[Array, "h w c_in"]) -> tuple[Float[Array, "h2 w2 c_out"], Float[Array, "h2 w2 c_out"]]:
+        """Output with and without the shortcut added; side divided by the stride."""
+        y = x if self.expand is None else self.activation(self.expand(x))
+        y = self.activation(self.depthwise(y))
+        y = self.project(y if self.excite is None else self.excite(y))
+        return x + y if self.shortcut else y, y
 
 
-class EfficientNetLite0(nnx.Module):
-    """EfficientNet-Lite0. ``stageN`` (1..7) names the output of the N-th stage; strides 2, 4, 8, 16, 16, 32, 32."""
+class EfficientNet(nnx.Module):
+    """Layers of :data:`LAYERS`, built as far as ``through``.
 
-    strides: ClassVar = {f"stage{i + 1}": s for i, s in enumerate((2, 4, 8, 16, 16, 32, 32))}
-    channels: ClassVar = {f"stage{i + 1}": stage[3] for i, stage in enumerate(STAGES)}
+    ``stageN`` (1..7) is the N-th stage's output; ``stageN.project`` that of its last block before the shortcut is added,
+    which is what CFLOW-AD's official code takes.
+    """
 
-    def __init__(self):
-        self.stem = Conv(3, 32, 3, 2)
-        stages, c_in = [], 32
-        for kernel_size, stride, expansion, c_out, repeats in STAGES:
-            blocks = []
+    def __init__(self, through: str, variant: str):
+        lite = variant.startswith("lite")
+        width, depth = SCALES[variant]
+        self.activation = jax.nn.relu6 if lite else jax.nn.swish
+        c_in = 32 if lite else scaled_channels(32, width)
+        self.stem = Conv(3, c_in, 3, 2)
+        stages = []
+        num_stages = len(STAGES) if through == "logits" else int(through[len("stage")])
+        depths = scaled_depths(depth, lite)[:num_stages]
+        for (kernel_size, stride, expansion, channels, _), repeats in zip(STAGES, depths, strict=False):
+            blocks, c_out = [], scaled_channels(channels, width)
             for r in range(repeats):
-                blocks.append(MBConv(c_in, c_out, kernel_size, stride if r == 0 else 1, expansion))
+                blocks.append(MBConv(c_in, c_out, kernel_size, stride if r == 0 else 1, expansion, lite))
                 c_in = c_out
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        self.head = Pointwise(c_in, 1280)
-        self.classifier = Pointwise(1280, 1000)
+        c_out = 1280 if lite else scaled_channels(1280, width)
+        whole = through == "logits"
+        self.head, self.classifier = (Pointwise(c_in, c_out), Pointwise(c_out, 1000)) if whole else (None, None)
 
     def __call__(self, x: Float[Array, "h w 3"]) -> dict[str, Float[Array, "_h_k _w_k _c_k"]]:
-        """Every stage's output, by name."""
+        """Every layer's output, by name."""
         maps = {}
-        x = jax.nn.relu6(self.stem(x))
+        x = self.activation(self.stem(x))
         for i, stage in enumerate(self.stages):
             for block in stage:
-                x = block(x)
+                x, maps[f"stage{i + 1}.project"] = block(x)
             maps[f"stage{i + 1}"] = x
+        if self.head is not None and self.classifier is not None:
+            pooled = jnp.mean(self.activation(self.head(x)), axis=(0, 1), keepdims=True)
+            maps["logits"] = self.classifier(pooled)
         return maps
 
-    def logits(self, x: Float[Array, "h w 3"]) -> Float[Array, " 1000"]:
-        """ImageNet class scores."""
-        pooled = jnp.mean(jax.nn.relu6(self.head(self(x)["stage7"])), axis=(0, 1))
-        return self.classifier(pooled[None, None])[0, 0]
 
-    @staticmethod
-    def convert(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Weights in this module's names and layout from a PyTorch state dict with keys ``_blocks.N._expand_conv.weight``.
+def _layouts(depths: list[int]) -> dict[str, Rules]:
+    first = [sum(depths[:i]) for i in range(len(depths))]
 
-        Batch norm is folded in float64: kernel·γ/√(σ²+ε), β - μ·γ/√(σ²+ε).
-        """
-        left = dict(tensors)
-        out: dict[str, np.ndarray] = {}
+    def numbered(part: str):
+        """The block of a running number as one of its stage."""
 
-        def folded(target: str, conv: str, norm: str, layout) -> None:
-            kernel = left.pop(f"{conv}.weight").astype(np.float64)
-            gamma, beta, mean, var = (
-                left.pop(f"{norm}.{name}").astype(np.float64) for name in ("weight", "bias", "running_mean", "running_var")
-            )
-            left.pop(f"{norm}.num_batches_tracked", None)
-            if kernel.ndim != 4 or not all(v.shape == kernel.shape[:1] for v in (gamma, beta, mean, var)):
-                raise ValueError(f"the shapes of '{conv}' and '{norm}' don't fit together")
-            scale = gamma / np.sqrt(var + BATCH_NORM_EPS)
-            out[f"{target}.kernel"] = layout(kernel * scale[:, None, None, None]).astype(np.float32)
-            out[f"{target}.bias"] = (beta - mean * scale).astype(np.float32)
+        def replacement(match) -> str:
+            number = int(match[1])
+            stage = sum(number >= f for f in first) - 1
+            return f"stages.{stage}.{number - first[stage]}.{part}."
 
-        def dense(kernel: np.ndarray) -> np.ndarray:  # O I k k -> k k I O
-            return np.ascontiguousarray(kernel.transpose(2, 3, 1, 0))
+        return replacement
 
-        def pointwise(kernel: np.ndarray) -> np.ndarray:  # O I 1 1 -> I O
-            return np.ascontiguousarray(kernel[:, :, 0, 0].T)
+    timm_parts = {
+        "0": {"conv_dw": "depthwise", "bn1": "depthwise.norm", "conv_pw": "project", "bn2": "project.norm"},
+        "[1-6]": {
+            "conv_pw": "expand",
+            "bn1": "expand.norm",
+            "conv_dw": "depthwise",
+            "bn2": "depthwise.norm",
+            "conv_pwl": "project",
+            "bn3": "project.norm",
+        },
+    }
+    timm = [
+        (rf"blocks\.({stage})\.(\d+)\.{part}\.", rf"stages.\1.\2.{ours}.")
+        for stage, parts in timm_parts.items()
+        for part, ours in {**parts, "se.conv_reduce": "excite.reduce", "se.conv_expand": "excite.expand"}.items()
+    ]
+    flat = {
+        "_expand_conv": "expand",
+        "_bn0": "expand.norm",
+        "_depthwise_conv": "depthwise",
+        "_bn1": "depthwise.norm",
+        "_se_reduce": "excite.reduce",
+        "_se_expand": "excite.expand",
+        "_project_conv": "project",
+        "_bn2": "project.norm",
+    }
+    return {
+        "timm": (
+            (r"conv_stem\.", "stem."),
+            (r"bn1\.", "stem.norm."),
+            (r"conv_head\.", "head."),
+            (r"bn2\.", "head.norm."),
+            (r"classifier\.", "classifier."),
+            *timm,
+        ),
+        "efficientnet-pytorch": (
+            (r"_conv_stem\.", "stem."),
+            (r"_bn0\.", "stem.norm."),
+            (r"_conv_head\.", "head."),
+            (r"_bn1\.", "head.norm."),
+            (r"_fc\.", "classifier."),
+            *((rf"_blocks\.(\d+)\.{part}\.", numbered(ours)) for part, ours in flat.items()),
+        ),
+    }
 
-        def depthwise(kernel: np.ndarray) -> np.ndarray:  # C 1 k k -> k k C
-            return np.ascontiguousarray(kernel[:, 0].transpose(1, 2, 0))
 
-        folded("stem", "_conv_stem", "_bn0", dense)
-        block = 0
-        for i, (_, _, expansion, _, repeats) in enumerate(STAGES):
-            for r in range(repeats):
-                source, target = f"_blocks.{block}.", f"stages.{i}.{r}."
-                if expansion > 1:
-                    folded(target + "expand", source + "_expand_conv", source + "_bn0", pointwise)
-                folded(target + "depthwise", source + "_depthwise_conv", source + "_bn1", depthwise)
-                folded(target + "project", source + "_project_conv", source + "_bn2", pointwise)
-                block += 1
-        folded("head", "_conv_head", "_bn1", pointwise)
-        out["classifier.kernel"] = np.ascontiguousarray(left.pop("_fc.weight").T)
-        out["classifier.bias"] = left.pop("_fc.bias")
-        if left:
-            raise KeyError(next(iter(left)))
-        return out
+def _network(variant: str) -> Network:
+    return Network(
+        build=lambda through: EfficientNet(through, variant),
+        strides=LAYERS,
+        default_layers=("stage2", "stage3", "stage5"),
+        layouts=_layouts(scaled_depths(SCALES[variant][1], variant.startswith("lite"))),
+        batch_norm_eps=1e-3,
+    )
+
+
+NETWORKS = {f"efficientnet-{variant}": _network(variant) for variant in SCALES}

@@ -1,42 +1,80 @@
-"""Convolutions written so that XLA runs them, and their input gradients, fast on a CPU and a GPU alike.
+"""Layers written so that XLA runs them, and their input gradients, fast; each knows how PyTorch lays its kernel out.
 
 All take one channels-last image; batch with ``jax.vmap``. Batch norm is folded into kernel and bias at conversion.
+``benchmarks/backbones.py`` times the networks made of them against PyTorch.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME padding (before, after): asymmetric where the stride leaves an odd total."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
     return total // 2, total - total // 2
 
 
-def pad_same(image: Float[Array, "h w c"], kernel: int, stride: int) -> Float[Array, "h2 w2 c"]:
-    """Pad with zeros as TensorFlow's SAME does."""
-    pads = [same_padding(size, kernel, stride) for size in image.shape[:2]]
-    return jnp.pad(image, (*pads, (0, 0)))
-
-
 class Pointwise(nnx.Module):
-    """1x1 convolution: a matrix product over channels."""
+    """1x1 convolution, or a dense layer: a matrix product over channels. A stride takes every so-manieth pixel."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
+        self.stride = stride
         self.kernel = nnx.Param(jnp.zeros((c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
-    def __call__(self, x: Float[Array, "h w c_in"]) -> Float[Array, "h w c_out"]:
-        """Channels mixed at each pixel."""
+    def __call__(self, x: Float[Array, "*hw c_in"]) -> Float[Array, "*_hw2 c_out"]:
+        """Channels mixed at each position."""
+        if self.stride > 1:
+            x = x[:: self.stride, :: self.stride]
         return x @ self.kernel[...] + self.bias[...]
+
+    @staticmethod
+    def layout(kernel: np.ndarray) -> np.ndarray:
+        """PyTorch's (out, in) or (out, in, 1, 1) to (in, out)."""
+        if kernel.ndim == 4 and kernel.shape[2:] == (1, 1):
+            kernel = kernel[:, :, 0, 0]
+        return kernel.T
+
+
+class Conv(nnx.Module):
+    """Dense k x k convolution; zero padding by ``padding`` pixels, or TensorFlow's SAME where that is None.
+
+    On a CPU a strided 3 x 3 convolution is one matrix product of shifted slices: the input gradient of XLA's strided
+    convolution is a dilated convolution, up to 1.7 times slower.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int | None = None):
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+
+    def __call__(self, x: Float[Array, "h w c_in"]) -> Float[Array, "h2 w2 c_out"]:
+        """Channels mixed over each neighbourhood."""
+        kernel, k, s, p = self.kernel[...], self.kernel_size, self.stride, self.padding
+        pads = [same_padding(size, k, s) if p is None else (p, p) for size in x.shape[:2]]
+        if s > 1 and k <= 3 and jax.default_backend() == "cpu":
+            x = jnp.pad(x, (*pads, (0, 0)))
+            h, w = ((size - k) // s + 1 for size in x.shape[:2])
+            columns = [x[i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)]
+            y = jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+        else:
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(x[None], kernel, (s, s), pads, dimension_numbers=dimensions)[0]
+        return y + self.bias[...]
+
+    @staticmethod
+    def layout(kernel: np.ndarray) -> np.ndarray:
+        """PyTorch's (out, in, k, k) to (k, k, in, out)."""
+        return kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel
 
 
 class Depthwise(nnx.Module):
-    """Depthwise k x k convolution, SAME padding: pad once, add k² shifted products.
+    """Depthwise k x k convolution, SAME padding: k² shifted products, forward and back.
 
-    XLA's CPU backend runs a grouped convolution many times slower than these fused multiply-adds.
-    With stride 2 the padded image is first split into its four phases, so that every slice is dense.
+    XLA's CPU backend runs a grouped convolution 10 to 100 times slower than these fused multiply-adds.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int):
@@ -46,40 +84,81 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h2 w2 c"]:
         """Each channel filtered by itself."""
-        kernel, k, s = self.kernel[...], self.kernel_size, self.stride
-        h, w = -(-x.shape[0] // s), -(-x.shape[1] // s)
-        phases = split_phases(pad_same(x, k, s), s)
-        out = self.bias[...]
-        for i in range(k):
-            for j in range(k):
-                top, left = i // s, j // s
-                out = out + phases[i % s, j % s, top : top + h, left : left + w] * kernel[i, j]
-        return out
+        return jnp.asarray(depthwise(x, self.kernel[...], self.stride)) + self.bias[...]
+
+    @staticmethod
+    def layout(kernel: np.ndarray) -> np.ndarray:
+        """PyTorch's (c, 1, k, k) to (k, k, c)."""
+        return kernel[:, 0].transpose(1, 2, 0) if kernel.ndim == 4 and kernel.shape[1] == 1 else kernel
 
 
-def split_phases(x: Float[Array, "h w c"], stride: int) -> Float[Array, "s s h2 w2 c"]:
-    """The pixels of each residue class of rows and columns: phase [i, j] holds x[i::s, j::s], zero-padded to one size."""
-    h, w, c = x.shape
-    x = jnp.pad(x, ((0, -h % stride), (0, -w % stride), (0, 0)))
-    return x.reshape(x.shape[0] // stride, stride, x.shape[1] // stride, stride, c).transpose(1, 3, 0, 2, 4)
+def _depthwise(x: Float[Array, "h w c"], kernel: Float[Array, "k k c"], stride: int) -> Float[Array, "h2 w2 c"]:
+    """Σ_ij x[s·t + i - before] · kernel[i, j] per channel.
 
-
-class Conv(nnx.Module):
-    """Dense k x k convolution, SAME padding, as a sum of k² matrix products of shifted slices.
-
-    Its input gradient is again matrix products, where the gradient of a strided ``conv_general_dilated`` is a dilated
-    convolution that XLA's CPU backend runs slowly.
+    The stride's s² phases of the padded image are laid out first, so that every slice is dense. The gradient is written out
+    (:func:`_depthwise_transposed`) because that of padded slices would add k² padded images.
     """
+    k, s = len(kernel), stride
+    h, w = (-(-size // s) for size in x.shape[:2])
+    pads = [same_padding(size, k, s) for size in x.shape[:2]]
+    pads = [(before, after + (-(size + before + after)) % s) for size, (before, after) in zip(x.shape, pads, strict=False)]
+    x = jnp.pad(x, (*pads, (0, 0)))
+    phases = x.reshape(x.shape[0] // s, s, x.shape[1] // s, s, -1).transpose(1, 3, 0, 2, 4)
+    out = jnp.zeros((), x.dtype)
+    for i in range(k):
+        for j in range(k):
+            out = out + phases[i % s, j % s, i // s : i // s + h, j // s : j // s + w] * kernel[i, j]
+    return out
 
-    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int):
-        self.kernel_size, self.stride = kernel_size, stride
-        self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, c_in, c_out)))
-        self.bias = nnx.Param(jnp.zeros(c_out))
 
-    def __call__(self, x: Float[Array, "h w c_in"]) -> Float[Array, "h2 w2 c_out"]:
-        """Channels mixed over each neighbourhood."""
-        kernel, k, s = self.kernel[...], self.kernel_size, self.stride
-        h, w = -(-x.shape[0] // s), -(-x.shape[1] // s)
-        phases = split_phases(pad_same(x, k, s), s)
-        columns = [phases[i % s, j % s, i // s : i // s + h, j // s : j // s + w] for i in range(k) for j in range(k)]
-        return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...]
+def _depthwise_forward(x, kernel, stride):
+    return _depthwise(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride, residuals, g):
+    x, kernel = residuals
+    # the kernel's gradient is dropped from the program where nobody asks for it
+    kernel_gradient = jax.vjp(lambda kernel: _depthwise(x, kernel, stride), kernel)[1](g)[0]
+    return _depthwise_transposed(g, kernel, stride, x.shape[:2]), kernel_gradient
+
+
+depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _depthwise_transposed(
+    g: Float[Array, "h2 w2 c"], kernel: Float[Array, "k k c"], stride: int, size: tuple[int, int]
+) -> Float[Array, "h w c"]:
+    """The input gradient, one phase of the padded image at a time: pixel s·t + r gets Σ_a g[t - a] · kernel[s·a + r]."""
+    k, s = len(kernel), stride
+    reach = -(-k // s)
+    before = [same_padding(side, k, s)[0] for side in size]
+    first = [b // s for b in before]
+    count = [-(-(b + side) // s) - f for b, side, f in zip(before, size, first, strict=True)]
+    pads = [(reach - 1 - f, f + n - out) for f, n, out in zip(first, count, g.shape, strict=False)]
+    g = jnp.pad(g, (*pads, (0, 0)))
+
+    def phase(r: int, q: int) -> Float[Array, "_h _w c"]:
+        out = jnp.zeros((), g.dtype)
+        for a in range(-(-(k - r) // s)):
+            for b in range(-(-(k - q) // s)):
+                top, left = reach - 1 - a, reach - 1 - b
+                out = out + g[top : top + count[0], left : left + count[1]] * kernel[s * a + r, s * b + q]
+        return jnp.broadcast_to(out, (*count, g.shape[-1]))
+
+    phases = jnp.stack([jnp.stack([phase(r, q) for q in range(s)], axis=2) for r in range(s)], axis=1)
+    x = phases.reshape(count[0] * s, count[1] * s, g.shape[-1])
+    top, left = (b - s * f for b, f in zip(before, first, strict=True))
+    return x[top : top + size[0], left : left + size[1]]
+
+
+def max_pool(x: Float[Array, "h w c"]) -> Float[Array, "h2 w2 c"]:
+    """Maximum over 3 x 3 with stride 2 and one pixel of padding, of values >= 0 and even sides.
+
+    Row, then column, of dense slices: XLA's windowed maximum, and above all its gradient, is slower on a CPU.
+    """
+    h, w, c = x.shape
+    even, odd = x.reshape(h // 2, 2, w, c).swapaxes(0, 1)
+    x = jnp.maximum(jnp.maximum(even, odd), jnp.pad(odd, ((1, 0), (0, 0), (0, 0)))[:-1])
+    even, odd = x.reshape(h // 2, w // 2, 2, c).transpose(2, 0, 1, 3)
+    return jnp.maximum(jnp.maximum(even, odd), jnp.pad(odd, ((0, 0), (1, 0), (0, 0)))[:, :-1])

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from f2pad_jax.prior import PixelPrior
 
@@ -42,6 +42,10 @@ class AbstractDetector(eqx.Module):
     def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
         """m0. Default: where the map exceeds the threshold."""
         return anomaly_map > self.threshold
+
+    def exemplars(self) -> UInt8[Array, "k h w 3"] | None:
+        """Normal RGB images at the detector's size, from which an inpainter may borrow. Default: none."""
+        return None
 
     @abc.abstractmethod
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array, " 2"]) -> Where:

@@ -29,6 +29,7 @@ def fit_patchcore(
     max_bank: int = 4096,
     num_candidates: int = 50,
     num_components: int = 6,
+    num_exemplars: int = 16,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> PatchCore:
@@ -48,7 +49,8 @@ def fit_patchcore(
         max_bank: most features kept.
         num_candidates: |M_ij| of Eq. (5).
         num_components: most Gaussians of the pixel prior.
-        seed: of the coreset, the prior and the synthetic defects.
+        num_exemplars: most training images kept for the inpainter to borrow from.
+        seed: of the coreset, the prior, the synthetic defects and the images kept.
         progress: told how far it is.
 
     Raises:
@@ -96,6 +98,7 @@ def fit_patchcore(
     maps, pasted = np.stack(levels) / scale, np.stack(labels)
     threshold = best_threshold(maps, pasted)
     highest = np.max(maps[~pasted.any(axis=(1, 2))])  # of normal images
+    kept = [np.rint(255 * unit[i]).astype(np.uint8) for i in sorted(rng.permutation(len(unit))[:num_exemplars])]
     return PatchCore(
         backbone=backbone,
         memory_bank=bank,
@@ -105,6 +108,7 @@ def fit_patchcore(
         size=size,
         num_candidates=num_candidates,
         faint_threshold=jnp.float32(np.sqrt(threshold * highest) if highest < threshold else np.inf),
+        normals=jnp.asarray(np.stack(kept)) if kept else None,
     )
 
 

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.detectors.base import AbstractDetector, coarse_map
@@ -46,6 +46,8 @@ class PatchCore(AbstractDetector):
     """|M_ij|."""
     faint_threshold: Float[Array, ""] | float = float("inf")
     """Level for images that nowhere reach the threshold."""
+    normals: UInt8[Array, "k h w 3"] | None = None
+    """Some of the training images, for the inpainter."""
 
     @property
     def stride(self) -> int:
@@ -62,6 +64,10 @@ class PatchCore(AbstractDetector):
         """m0: the map above the threshold or, in an image that nowhere reaches it, above the faint one."""
         glaring = jnp.any(anomaly_map > self.threshold)
         return anomaly_map > jnp.where(glaring, self.threshold, self.faint_threshold)
+
+    def exemplars(self) -> UInt8[Array, "k h w 3"] | None:
+        """Some of the training images."""
+        return self.normals
 
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array, " 2"]) -> Candidates:
         """Candidates M_ij from the features of n0; PatchCore does not depend on ``corner``."""
