@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from f2pad_jax import load_backbone
 from f2pad_jax.backbones import NETWORKS, canonical_name
 from f2pad_jax.inpaint import MAE
 
@@ -36,10 +35,10 @@ def backbone_errors(name: str, folder: Path) -> dict[str, float]:
     expected = [parity.expect(made, parity.random_image(size, dtype)) for size in parity.SIZES for dtype in dtypes]
     del made  # its memory is needed below
     gc.collect()
-    backbone = load_backbone(name, layers=tuple(NETWORKS[name].strides), weights=path)
+    loaded = parity.load(name, path, tuple(NETWORKS[name].strides))
     worst = {"maps": 0.0}
     for one in expected:
-        found = parity.errors(backbone, one)
+        found = parity.errors(loaded, one)
         key = f"gradient {one.image.dtype}"
         worst[key] = max(worst.get(key, 0.0), found.pop("gradient"))
         if one.image.dtype == np.float32:

@@ -11,7 +11,7 @@ from golden.make_lite0_features import FILE, LAYERS, WINDOWS, picture, reference
 from f2pad_jax import CheckpointError, checkpoints, load_backbone
 from f2pad_jax.backbones import NETWORKS, Backbone, canonical_name, load_autoencoder
 from f2pad_jax.backbones.conversion import parameter_shapes
-from f2pad_jax.backbones.layers import Conv, Depthwise, Pointwise, max_pool
+from f2pad_jax.backbones.layers import Conv, Depthwise, Pointwise, max_pool, winograd_kernel
 from f2pad_jax.backbones.vit import resized_positions
 
 NAME = "efficientnet-lite0"
@@ -375,6 +375,28 @@ def test_convolution_and_its_gradients_equal_xlas(kernel_size, padding, stride):
         lambda state, x: convolution(x, state["kernel"][...], state["bias"][...], stride, theirs),
         SIZES if padding in (None, kernel_size // 2) else (((), (7, 10)), ((2,), (9, 6))),
     )
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_winograd_convolution_and_its_gradients_equal_xlas(padding):
+    layer = Conv(4, 6, 3, 1, padding)
+    layer.prepare()
+    assert layer.kernel.shape == (16, 4, 6)
+    prepared, _ = pure(layer)
+    _, state = pure(Conv(4, 6, 3, 1, padding))
+
+    def transformed(state, x):
+        kernel = winograd_kernel(state["kernel"][...])
+        return prepared(nnx.State({"kernel": nnx.Param(kernel), "bias": state["bias"]}), x)
+
+    oracle = lambda state, x: convolution(x, state["kernel"][...], state["bias"][...], 1, "SAME")  # noqa: E731
+    assert_same_function_and_gradients(transformed, state, oracle, SIZES)
+
+
+def test_only_unstrided_three_by_three_kernels_are_transformed():
+    for other in (Conv(3, 4, 3, 2), Conv(3, 4, 5), Conv(3, 4, 3, 1, 0)):
+        other.prepare()
+        assert other.kernel.ndim == 4
 
 
 @pytest.mark.parametrize("stride", [1, 2])

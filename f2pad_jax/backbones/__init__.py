@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from f2pad_jax import checkpoints
 from f2pad_jax.backbones import efficientnet, mae, resnet, vit
 from f2pad_jax.backbones.conversion import convert, deepest
+from f2pad_jax.backbones.layers import Conv
 from f2pad_jax.backbones.mae import MaskedAutoencoder
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import CheckpointError
@@ -118,7 +119,11 @@ def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.Grap
         used[key] = tensors[key]
         filled.append((path, variable.replace(jnp.asarray(tensors[key]))))
     checksum = np.frombuffer(bytes.fromhex(checkpoints.content_checksum(used)), np.uint8)
-    return graphdef, nnx.from_flat_state(filled), checksum
+    module = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, Conv):
+            layer.prepare()
+    return *nnx.split(module), checksum
 
 
 __all__ = ["BACKBONES", "NETWORKS", "Backbone", "MaskedAutoencoder", "canonical_name", "load_autoencoder", "load_backbone"]
