@@ -42,8 +42,9 @@ class Pointwise(nnx.Module):
 class Conv(nnx.Module):
     """Dense k x k convolution; zero padding by ``padding`` pixels, or TensorFlow's SAME where that is None.
 
-    XLA's CPU backend runs its own convolution several times slower inside a loop, where a solver calls it, than outside. So there 3 x 3 convolutions of stride 1 are Winograd's (once :meth:`prepare` has been called), and strided ones
-    one matrix product.
+    XLA's CPU backend runs its own convolution several times slower inside a loop, where a solver calls it, than outside.
+    So there 3 x 3 convolutions of stride 1 are Winograd's (once :meth:`prepare` has been called), and strided ones one
+    matrix product.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int | None = None):
