@@ -178,7 +178,7 @@ def line(name: str, batch: int, side: int, seconds: float) -> str:
         f"{name:18}  {batch:5}  {side:4}  "
         + "".join(f"{ms:6.1f}  " for ms in times)
         + f"  {times[0] / min(times[2:]):10.2f}  {times[1] / min(times[2:]):10.2f}"
-        + f"  {temporary / batch / 2**20:3.0f}  {kept / batch / 2**20:5.0f}  {compile_s:9.0f}"
+        + f"  {temporary / batch / 2**20:9.0f}  {kept / batch / 2**20:5.0f}  {compile_s:9.0f}"
     )
 
 

@@ -92,11 +92,15 @@ def convert_file(path: Path, name: str, convert: Convert) -> dict[str, np.ndarra
     """The converted tensors of a weight file, PyTorch's or safetensors."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    tensors = read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path)
+    return convert_tensors(path, tensors, name, convert)
+
+
+def convert_tensors(path: Path, tensors: Mapping[str, np.ndarray], name: str, convert: Convert) -> dict[str, np.ndarray]:
+    """The converted tensors of what was read from ``path``, which errors name."""
     try:
-        return convert(read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path))
+        return convert(tensors)
     except CheckpointError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise CheckpointError(f"{path}: not the weights of {name}: {error}") from None
 
 

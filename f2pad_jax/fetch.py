@@ -122,8 +122,8 @@ def verify(name: str) -> str:
         CheckpointError: they are missing, damaged or altered.
     """
     name = _known(name)
-    checkpoints.verified(name)
-    held = checkpoints.convert_file(checkpoints.cached_file(name), name, lambda tensors: convert(NETWORKS[name], tensors))
+    path, tensors = checkpoints.cached_file(name), checkpoints.verified(name)
+    held = checkpoints.convert_tensors(path, tensors, name, lambda tensors: convert(NETWORKS[name], tensors))
     return f"{len(held)} tensors, {sum(value.size for value in held.values()) / 1e6:.1f} million parameters"
 
 

@@ -46,8 +46,8 @@ def harmonic(
 
 
 _STRANGER = 2.0
-"""How much better another image must fit. Measured: objects fit 4 to 100 times better in another image, textures at most
-twice (but where images overlap), and then the image's own texture, under its own light, does as well."""
+"""How much better another image must fit. Objects seen by a fixed camera fit many times better in another image. Textures
+hardly do, and the image's own, under its own light, restores the features as well."""
 
 
 def exemplar(

@@ -12,7 +12,6 @@ from f2pad_jax import checkpoints
 from f2pad_jax.backbones import efficientnet, mae, resnet, vit
 from f2pad_jax.backbones.conversion import convert, deepest
 from f2pad_jax.backbones.layers import Conv
-from f2pad_jax.backbones.mae import MaskedAutoencoder
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import CheckpointError
 
@@ -84,7 +83,8 @@ def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: 
     if unknown := [layer for layer in layers if layer not in network.strides]:
         raise CheckpointError(f"{name} has no layer '{unknown[0]}'; it has {', '.join(network.strides)}")
     mean, std = checkpoints.preprocessing(name)
-    graphdef, state, checksum = _load(name, max(layers, key=list(network.strides).index), weights)
+    graphdef, state, tensors = _load(name, max(layers, key=list(network.strides).index), weights)
+    checksum = np.frombuffer(bytes.fromhex(checkpoints.content_checksum(tensors)), np.uint8)
     return Backbone(name, layers, mean, std, graphdef, state, checksum)
 
 
@@ -105,8 +105,8 @@ def canonical_name(name: str) -> str:
     return name.replace("_", "-").removeprefix("tf-")
 
 
-def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.GraphDef, nnx.State, np.ndarray]:
-    """The network through a layer: its graph, its weights and their checksum."""
+def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.GraphDef, nnx.State, dict[str, np.ndarray]]:
+    """The network through a layer: its graph, its weights as this backend takes them, and as they are in the file."""
     network = NETWORKS[name]
     tensors = checkpoints.load(name, lambda tensors: convert(network, tensors), weights)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: network.build(through)))
@@ -118,12 +118,8 @@ def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.Grap
             raise CheckpointError(f"{path}: these weights of {name} end before layer '{through}' ('{key}' is missing)")
         used[key] = tensors[key]
         filled.append((path, variable.replace(jnp.asarray(tensors[key]))))
-    checksum = np.frombuffer(bytes.fromhex(checkpoints.content_checksum(used)), np.uint8)
     module = nnx.merge(graphdef, nnx.from_flat_state(filled))
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Conv):
             layer.prepare()
-    return *nnx.split(module), checksum
-
-
-__all__ = ["BACKBONES", "NETWORKS", "Backbone", "MaskedAutoencoder", "canonical_name", "load_autoencoder", "load_backbone"]
+    return *nnx.split(module), used
