@@ -146,7 +146,8 @@ def main() -> None:
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}; ms")
     print(
-        "network             batch  side    call    loop   torch  torch-cl  call/torch  loop/torch  MiB  torch  compile s"
+        "network             batch  side    call    loop   torch  torch-cl  call/torch  loop/torch"
+        "  MiB/image  torch  compile s"
     )
     for name in arguments.networks:
         for batch, side in CASES:
