@@ -20,8 +20,8 @@ from f2pad_jax.evaluation.metrics import best_threshold, iou
 def main(folder: Path) -> None:
     """Fit, refine, print."""
     normal = [read_image(path) for path, _ in list_images([folder / "train" / "good"])]
-    detector = f2pad_jax.fit_patchcore(normal, f2pad_jax.load_backbone("efficientnet-lite0"))
-    print(f"{folder.name}: fitted on {len(normal)} images, threshold {float(detector.threshold):.2f}")
+    detector = f2pad_jax.fit(f2pad_jax.PatchCore, normal, "efficientnet-lite0")
+    print(f"{folder.name}: fitted on {len(normal)} images, threshold {float(detector.calibrated.threshold):.2f}")
     rows, maps, truths, good = [], [], [], []
     for path, relative in list_images([folder / "test"]):
         image = np.asarray(PIL.Image.fromarray(read_image(path)).resize(detector.size[::-1], PIL.Image.Resampling.BILINEAR))

@@ -2,8 +2,14 @@
 
 from f2pad_jax.backbones import Backbone as Backbone
 from f2pad_jax.backbones import load_backbone as load_backbone
+from f2pad_jax.detectors.anomalib import load_anomalib as load_anomalib
 from f2pad_jax.detectors.base import AbstractDetector as AbstractDetector
-from f2pad_jax.detectors.fit import fit_patchcore as fit_patchcore
+from f2pad_jax.detectors.base import Calibration as Calibration
+from f2pad_jax.detectors.base import NormalImages as NormalImages
+from f2pad_jax.detectors.cflow import CFlow as CFlow
+from f2pad_jax.detectors.fit import calibrate as calibrate
+from f2pad_jax.detectors.fit import fit as fit
+from f2pad_jax.detectors.padim import PaDiM as PaDiM
 from f2pad_jax.detectors.patchcore import PatchCore as PatchCore
 from f2pad_jax.errors import (
     CheckpointError as CheckpointError,
@@ -16,6 +22,9 @@ from f2pad_jax.errors import (
 )
 from f2pad_jax.errors import (
     ModelError as ModelError,
+)
+from f2pad_jax.errors import (
+    OptionError as OptionError,
 )
 from f2pad_jax.inpaint import MAE as MAE
 from f2pad_jax.inpaint import exemplar as exemplar

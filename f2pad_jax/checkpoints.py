@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from f2pad_jax.errors import CheckpointError
-from f2pad_jax.torchfile import read_torch_file
+from f2pad_jax.torchfile import read_torch_file, read_training_checkpoint
 
 Convert = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """From a file's tensors to a network's."""
@@ -89,10 +89,13 @@ def load(name: str, convert: Convert, weights: str | Path | None = None) -> dict
 
 
 def convert_file(path: Path, name: str, convert: Convert) -> dict[str, np.ndarray]:
-    """The converted tensors of a weight file, PyTorch's or safetensors."""
+    """The converted tensors of a weight file, PyTorch's or safetensors, or of the network in anomalib's ``.ckpt``."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    tensors = read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path)
+    if path.suffix == ".ckpt":
+        tensors = backbone_of(read_training_checkpoint(path)[0])
+    else:
+        tensors = read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path)
     return convert_tensors(path, tensors, name, convert)
 
 
@@ -102,6 +105,12 @@ def convert_tensors(path: Path, tensors: Mapping[str, np.ndarray], name: str, co
         return convert(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not the weights of {name}: {error}") from None
+
+
+def backbone_of(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of the network inside a detector of anomalib's."""
+    prefix = ".feature_extractor."
+    return {name.rpartition(prefix)[2]: value for name, value in tensors.items() if prefix in name}
 
 
 def is_safetensors(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import inspect
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import f2pad_jax
 from f2pad_jax.checkpoints import cache_folder
-from f2pad_jax.errors import CheckpointError, F2padError, ImageError
+from f2pad_jax.detectors import DETECTORS
+from f2pad_jax.errors import CheckpointError, F2padError, ImageError, OptionError
 from f2pad_jax.inpaint import INPAINTERS
 
 
@@ -46,13 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser("fit", help="fit a detector on a folder of defect-free images")
     fit.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
     fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
+    fit.add_argument("--method", choices=list(DETECTORS), default="patchcore", help="detector (%(default)s)")
     fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
-    fit.add_argument("--seed", type=int, default=0, help="of coreset, prior and threshold (%(default)s)")
+    fit.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
     fit.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
     fit.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help="its layers, shallow to deep (default: three of the network's)"
+        "--layers", nargs="+", metavar="LAYER", help="its layers, shallow to deep (default: the method's for this network)"
     )
     fit.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
+    fit.add_argument(
+        "--option",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the method's own settings, such as rank=10 (padim), max_bank=10000 (patchcore), meta_epochs=10 (cflow)",
+    )
     fit.set_defaults(run=_fit)
 
     refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
@@ -117,9 +128,8 @@ def _demo_table(summary: dict) -> str:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from f2pad_jax.backbones import load_backbone
+    from f2pad_jax.backbones import find_network, load_backbone
     from f2pad_jax.data.images import check_images, list_images, read_image
-    from f2pad_jax.detectors.fit import fit_patchcore
     from f2pad_jax.models import save_detector
 
     if not arguments.normal.is_dir():
@@ -129,20 +139,55 @@ def _fit(arguments: argparse.Namespace) -> None:
     paths = [path for path, _ in list_images([arguments.normal])]
     check_images(paths)
     _use_compilation_cache()
-    layers = tuple(arguments.layers) if arguments.layers else None
+    if arguments.seed < 0:
+        raise OptionError(f"--seed {arguments.seed} is negative")
+    method = DETECTORS[arguments.method]
+    options = _options(method, arguments.option)
+    if "resume" in inspect.signature(method.fit).parameters:  # long work, which can be taken up where it was stopped
+        options["resume"] = arguments.out.with_name(arguments.out.name + ".partial")
+    layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
     backbone = load_backbone(arguments.backbone, layers=layers, weights=arguments.weights)
     with _progress() as progress:
-        detector = fit_patchcore(
+        detector = f2pad_jax.fit(
+            method,
             (read_image(path) for path in paths),
             backbone,
             size=(arguments.size, arguments.size),
             seed=arguments.seed,
             progress=progress,
+            **options,
         )
     save_detector(arguments.out, detector)
-    print(
-        f"{arguments.out}: fitted on {len(paths)} images; memory bank of {len(detector.memory_bank)} features, "
-        f"{len(detector.prior.means)} pixel components, threshold {float(detector.threshold):.2f} x the mean normal score"
+    print(f"{arguments.out}: {type(detector).__name__} {_summary(detector, len(paths))}")
+
+
+def _options(method: type, pairs: Sequence[str]) -> dict:
+    """Settings of a method from NAME=VALUE pairs."""
+    shared = ("images", "backbone", "seed", "progress", "resume")
+    known = {name: p.default for name, p in inspect.signature(method.fit).parameters.items() if name not in shared}
+    options = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known:
+            raise OptionError(f"{method.__name__} has no option '{name}'; it has {', '.join(known)}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        whole = not isinstance(known[name], float)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise OptionError(f"option {name}: '{text}' is no number of at least 0")
+        if whole and (value < 1 or value != int(value)):
+            raise OptionError(f"option {name}: '{text}' is no whole number of at least 1")
+        options[name] = int(value) if whole else float(value)
+    return options
+
+
+def _summary(detector, num_images: int) -> str:
+    calibration = detector.calibrated
+    return (
+        f"fitted on {num_images} images, {detector.backbone.name} {' '.join(detector.backbone.layers)}; "
+        f"{len(calibration.prior.means)} pixel components, threshold {float(calibration.threshold):.2f}"
     )
 
 
@@ -310,9 +355,10 @@ def _progress(*, sizes: bool = False) -> Iterator:
         tasks: dict = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            name = stage.split(",")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], completed=done, total=total, description=stage)
 
         yield report
 

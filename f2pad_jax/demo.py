@@ -13,7 +13,9 @@ from f2pad_jax.backbones import load_backbone
 from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.textures import NAMES, Texture, load_texture
-from f2pad_jax.detectors.fit import Progress, fit_patchcore
+from f2pad_jax.detectors.base import Progress
+from f2pad_jax.detectors.fit import fit
+from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
 from f2pad_jax.evaluation.pictures import gallery, overlay
 from f2pad_jax.refine import Refined, refine
@@ -36,7 +38,8 @@ def run_demo(
     compiling = compile_seconds()
     for name in names:
         texture = load_texture(name, seed=seed, num_test=num_test)
-        detector = fit_patchcore(
+        detector = fit(
+            PatchCore,
             texture.train,
             backbone,
             seed=seed,

@@ -13,5 +13,9 @@ class ImageError(F2padError):
     """An image or a folder of images can't be used."""
 
 
+class OptionError(F2padError):
+    """A setting of a method can't be used."""
+
+
 class ModelError(F2padError):
     """A saved detector can't be used."""

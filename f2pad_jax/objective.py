@@ -66,7 +66,7 @@ class Problem(eqx.Module):
         """The four terms at n."""
         return Terms(
             feature_loss(self.detector, n, self.where, self.affected),
-            pixel_prior_loss(self.detector.prior, n, self.region),
+            pixel_prior_loss(self.detector.calibrated.prior, n, self.region),
             total_variation(n),
             log_penalty(self.x - n, self.region, self.weights.epsilon),
         )

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
+from threadpoolctl import threadpool_limits
 
 
 class PixelPrior(eqx.Module):
@@ -38,7 +39,8 @@ def fit_prior(
     mixture = BayesianGaussianMixture(
         n_components=min(num_components, len(pixels)), reg_covar=floor**2, random_state=seed, max_iter=500, tol=1e-2
     )
-    with warnings.catch_warnings():  # means and widths are long settled when the bound still creeps
+    # a second BLAS thread only waits, on a busy machine for most of the time
+    with threadpool_limits(1), warnings.catch_warnings():  # means and widths are long settled when the bound still creeps
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(np.asarray(pixels, np.float64))
     kept = mixture.weights_ >= 1e-3

@@ -103,7 +103,7 @@ def refine(
     unit = to_unit(images)
     batch = unit if unit.ndim == 4 else unit[None]
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, batch, constants, inpaint)))
-    inpainter, inpaint = choose(inpaint, detector.exemplars(), traced=traced)
+    inpainter, inpaint = choose(inpaint, detector.calibrated.normals, traced=traced)
     if traced:
 
         def whole(image):

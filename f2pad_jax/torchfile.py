@@ -1,7 +1,8 @@
 """Read the tensors of a PyTorch ``.pth`` file without PyTorch, and nothing but tensors.
 
 A ``.pth`` file is a pickle, and a pickle is a program. This reader knows eight names a state dict needs; each stands for
-an inert object of this module. Any other name is refused before anything is called, so no code of the file ever runs.
+an inert object of this module. Any other name is refused before anything is called, or, where a file is known to hold more
+than tensors, stands for an empty class whose objects hold what they are given: no code of the file ever runs.
 Both layouts are read: the zip archive (PyTorch >= 1.6) and the older stream of pickles.
 """
 
@@ -89,6 +90,33 @@ class _Name(_Inert):
         return self.call(*args)
 
 
+class Foreign(dict):
+    """Stands for an object of a class this reader does not know, under its name: its attributes, and no behaviour."""
+
+    def __init__(self, *_: Any):
+        super().__init__()
+
+    def __call__(self, *_: Any) -> "Foreign":
+        """What a method of it would return: nothing known."""
+        return Foreign()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+    def append(self, item: Any) -> None:
+        """Dropped."""
+
+    def extend(self, items: Any) -> None:
+        """Dropped."""
+
+    def add(self, item: Any) -> None:
+        """Dropped."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
+
+
 def _rebuild_tensor(storage, offset, shape, stride, *_):
     ints = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(type(i) is int and i >= 0 for i in ints) or len(shape) != len(stride):
@@ -121,14 +149,16 @@ def _quoted(text: str) -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]):
+    def __init__(self, file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage], strict: bool):
         super().__init__(file, encoding="utf-8")
-        self.storages = storages
+        self.storages, self.strict = storages, strict
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _NAMES[module, name]
         except KeyError:
+            if not self.strict:
+                return type(name, (Foreign,), {})
             asked = _quoted(f"{module}.{name}")
             raise pickle.UnpicklingError(f"it asks for {asked}, which is no tensor; nothing was run") from None
 
@@ -146,7 +176,7 @@ class _Unpickler(pickle.Unpickler):
         return storage
 
 
-def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]) -> Any:
+def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage], strict: bool = True) -> Any:
     """The next pickle of ``file``, once every opcode has been looked at."""
     start = file.tell()
     for opcode, argument, position in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
@@ -156,7 +186,7 @@ def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]) -> Any:
         if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (position or 0):
             raise pickle.UnpicklingError("its memo is malformed")
     file.seek(start)
-    return _Unpickler(file, storages).load()
+    return _Unpickler(file, storages, strict).load()
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -167,16 +197,34 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: the file is missing, cut short, no PyTorch file, or holds anything besides tensors.
     """
+    return _read(path, strict=True)[0]
+
+
+def read_training_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a Lightning ``.ckpt`` file, and whatever else it holds in plain dictionaries, lists and values.
+
+    Objects of any class come back as :class:`Foreign` dictionaries of their attributes.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or no PyTorch file with a ``state_dict``.
+    """
+    tensors, root = _read(path, strict=False)
+    if "state_dict" not in root:
+        raise CheckpointError(f"{path}: not a training checkpoint: it holds no 'state_dict'")
+    return tensors, {key: value for key, value in root.items() if key != "state_dict"}
+
+
+def _read(path: str | Path, *, strict: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     path = Path(path)
     storages: dict[str, _Storage] = {}
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
-                root = _read_zip(file, storages, path.stat().st_size)
+                root = _read_zip(file, storages, path.stat().st_size, strict)
             else:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     root = _read_legacy(content, storages)
-        return _arrays(root)
+        return _arrays(root), root
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except pickle.UnpicklingError as error:
@@ -196,7 +244,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: not a PyTorch weight file ({type(error).__name__}: {error})") from None
 
 
-def _read_zip(file: IO[bytes], storages: dict[str, _Storage], size: int) -> Any:
+def _read_zip(file: IO[bytes], storages: dict[str, _Storage], size: int, strict: bool) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
@@ -206,7 +254,7 @@ def _read_zip(file: IO[bytes], storages: dict[str, _Storage], size: int) -> Any:
         folder = names[0].removesuffix("data.pkl")
         if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
-        root = _load(io.BytesIO(archive.read(names[0])), storages)
+        root = _load(io.BytesIO(archive.read(names[0])), storages, strict)
         for storage in storages.values():
             member = archive.getinfo(f"{folder}data/{storage.key}")
             if member.file_size != storage.numel * storage.dtype.itemsize:

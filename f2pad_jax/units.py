@@ -50,12 +50,9 @@ def to_unit(images: Shaped[Array | np.ndarray, "..."] | Sequence) -> Float[Array
         unit = jnp.asarray(levels)[jnp.asarray(images)]
     elif images.dtype == bool or jnp.issubdtype(images.dtype, jnp.floating):
         unit = jnp.asarray(images, jnp.float32)
-        if not isinstance(unit, Tracer):
-            low, high = float(jnp.min(unit)), float(jnp.max(unit))
-            if not (low >= 0 and high <= 1):
-                raise ImageError(
-                    f"float images must be finite and within 0..1; these reach {low:g}..{high:g} (or pass uint8)"
-                )
+        if not isinstance(unit, Tracer) and not jnp.all((unit >= 0) & (unit <= 1)):  # jnp.min may pass over NaN
+            low, high = float(np.min(unit)), float(np.max(unit))
+            raise ImageError(f"float images must be finite and within 0..1; these reach {low:g}..{high:g} (or pass uint8)")
     else:
         raise ImageError(f"images have dtype {images.dtype}; expected uint8, uint16, bool or float in 0..1")
     return jnp.broadcast_to(unit, (*unit.shape[:-1], 3))

@@ -5,6 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from f2pad_jax import CFlow, PaDiM, load_detector
 from f2pad_jax.cli import main
 from f2pad_jax.data.textures import load_texture
 
@@ -29,6 +30,18 @@ def model(normal_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "gravel.model"
     assert main(["fit", str(normal_folder), "--out", str(path), "--size", str(SIZE)]) == 0
     return path
+
+
+@pytest.fixture(scope="module")
+def flat_folder(tmp_path_factory):
+    """Four small images of six flat colours, of which pixel priors and backbones make short work."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("flat")
+    colours = rng.integers(0, 256, (6, 3)).astype(np.uint8)
+    for i in range(4):
+        PIL.Image.fromarray(np.kron(colours[rng.integers(0, 6, (4, 4))], np.ones((16, 16, 1), np.uint8))).save(
+            folder / f"{i}.png"
+        )
+    return folder
 
 
 @pytest.fixture
@@ -91,6 +104,52 @@ def test_bad_folders_to_fit(tmp_path, normal_folder, capsys):
     assert "folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path)
     assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", 100)
     assert not model.exists()
+
+
+def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
+    model = tmp_path / "x.model"
+    fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage1", "stage2"]
+    assert main([*fit, "--method", "padim", "--option", "rank=3", "num_channels=10"]) == 0
+    assert "x.model: PaDiM fitted on 4 images, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
+    detector = load_detector(model)
+    assert type(detector) is PaDiM and detector.precision.basis.shape == (32, 32, 3, 10)
+
+
+def test_a_flow_leaves_nothing_but_the_model(flat_folder, tmp_path):
+    model = tmp_path / "x.model"
+    fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage2", "--method", "cflow"]
+    assert main([*fit, "--option", "meta_epochs=1", "sub_epochs=1", "num_blocks=1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.model"]
+    detector = load_detector(model)
+    assert type(detector) is CFlow and detector.losses.shape == (1, 1) and len(detector.flows[0].blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "pair", "said"),
+    [
+        ("padim", "rnk=3", "PaDiM has no option 'rnk'; it has num_channels, rank"),
+        ("padim", "max_bank=3", "PaDiM has no option 'max_bank'"),
+        ("padim", "rank=three", "option rank: 'three' is no such number"),
+        ("padim", "rank", "option rank: '' is no such number"),
+        ("padim", "num_channels=2.5", "option num_channels: '2.5' is no such number as 100"),
+        ("padim", "rank=0", "rank 0 is not between 1 and"),
+        ("patchcore", "max_bank=[3]", "option max_bank: '[3]' is no such number as 4096"),
+        ("cflow", "resume=here", "CFlow has no option 'resume'"),
+        ("cflow", "learning_rate=fast", "option learning_rate: 'fast' is no such number as 0.0002"),
+    ],
+)
+def test_bad_options_are_refused(method, pair, said, flat_folder, tmp_path, capsys):
+    fit = ["fit", flat_folder, "--out", tmp_path / "x.model", "--size", "64", "--layers", "stage2"]
+    assert said in refused(capsys, *fit, "--method", method, "--option", pair)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_method_is_refused_with_those_known(flat_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", str(flat_folder), "--out", str(tmp_path / "x.model"), "--method", "spade"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'spade'" in line and all(name in line for name in ("padim", "patchcore", "cflow"))
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "tiny", "empty"])

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax import PatchCore, PixelPrior
+from f2pad_jax import Calibration, NormalImages, PatchCore, PixelPrior
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.detectors.patchcore import BLOCK, Candidates, coreset, embed, nearest
 from f2pad_jax.units import MEAN, STD
@@ -72,16 +73,18 @@ def features(extracted):
 @pytest.fixture(scope="module")
 def detector(shallow, features):
     bank = np.concatenate(features[:2])[::EVERY]
-    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
     return PatchCore(
         backbone=shallow,
-        memory_bank=jnp.asarray(bank),
-        scale=jnp.float32(3.0),
-        prior=prior,
-        threshold=jnp.float32(2.0),
         size=(SIZE, SIZE),
+        memory_bank=jnp.asarray(bank),
         num_candidates=10,
+        calibration=calibration(3.0),
     )
+
+
+def calibration(scale):
+    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
+    return Calibration(jnp.float32(scale), jnp.float32(2.0), prior)
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +105,6 @@ def test_nearest_equals_brute_force(positions, k):
     np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_penalty_is_added_to_the_squared_distances_and_infinity_leaves_out(k):
-    rng = np.random.default_rng(0)
-    features, bank = rng.standard_normal((600, 20), np.float32), rng.standard_normal((90, 20), np.float32)
-    penalty = rng.uniform(0, 20, 90).astype(np.float32)
-    penalty[::3] = np.inf
-    distances, indices = nearest(jnp.asarray(features), jnp.asarray(bank), k, jnp.asarray(penalty))
-    expected = squared_distances(features, bank)
-    np.testing.assert_array_equal(indices, np.argsort(expected + penalty, axis=1)[:, :k])
-    assert not np.any(np.asarray(indices) % 3 == 0)
-    chosen = np.take_along_axis(expected, np.asarray(indices)[:, :1], axis=1)[:, 0]
-    np.testing.assert_allclose(distances, chosen, rtol=1e-5)
-
-
 def test_distance_of_a_member_is_exactly_zero_however_long_the_features():
     bank = 1000 + np.random.default_rng(0).standard_normal((50, 8), np.float32)
     distances, _ = nearest(jnp.asarray(bank), jnp.asarray(bank), 1)
@@ -132,17 +121,38 @@ def greedy(points, first, size):
     return chosen
 
 
-def test_coreset_is_the_greedy_k_centre_selection():
-    features = np.random.default_rng(0).standard_normal((400, 30), np.float32)
-    chosen = coreset(features, 60, seed=5)
-    np.testing.assert_array_equal(chosen, greedy(features.astype(np.float64), chosen[0], 60))
+def regrets(points, chosen):
+    """By how much each choice fell short of the farthest point there was, in squared distance."""
+    distance, short = np.full(len(points), np.inf), []
+    for before, index in itertools.pairwise(chosen):
+        distance = np.minimum(distance, np.sum((points - points[before]) ** 2, axis=1))
+        short.append(distance.max() - distance[index])
+    return np.array(short)
 
 
-def test_coreset_of_many_channels_is_chosen_on_their_projection():
-    features = np.random.default_rng(1).standard_normal((300, 200), np.float32)
-    chosen = coreset(features, 40, seed=7, projection=16)
-    projection = np.random.default_rng(7).standard_normal((200, 16)) / 4
-    np.testing.assert_array_equal(chosen, greedy(features.astype(np.float64) @ projection, chosen[0], 40))
+@pytest.mark.parametrize("batch", [1, 2, 7, 64, 512])
+@pytest.mark.parametrize("first", [0, 217, 399])
+def test_coreset_is_the_greedy_k_centre_selection(batch, first):
+    points = np.random.default_rng(0).standard_normal((400, 30), np.float32)
+    chosen = coreset(points, 60, first, batch=batch)
+    np.testing.assert_array_equal(chosen, greedy(points.astype(np.float64), first, 60))
+
+
+@pytest.mark.parametrize("batch", [1, 10, 512])
+def test_coreset_of_clusters_far_from_the_origin_is_the_greedy_selection(batch):
+    """Nearly all of a pass's farthest points lie in the same far cluster, where the first choice makes them near."""
+    rng = np.random.default_rng(1)
+    centres = 1000 + 100 * rng.standard_normal((5, 8))
+    points = np.concatenate([c + s * rng.standard_normal((60, 8)) for c, s in zip(centres, (5, 1, 0.1, 3, 2), strict=True)])
+    np.testing.assert_array_equal(coreset(points, 90, 4, batch=batch), greedy(points, 4, 90))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 512])
+def test_where_points_are_equally_far_any_of_them_is_chosen(batch):
+    grid = np.stack(np.meshgrid(*[np.arange(6.0)] * 3), axis=-1).reshape(-1, 3)
+    chosen = coreset(grid, 100, 7, batch=batch)
+    assert len(set(chosen.tolist())) == 100
+    np.testing.assert_allclose(regrets(grid, chosen), 0, atol=1e-9)
 
 
 def test_coreset_covers_better_than_a_random_choice():
@@ -152,15 +162,69 @@ def test_coreset_covers_better_than_a_random_choice():
     def radius(chosen):
         return squared_distances(features, features[chosen]).min(axis=1).max()
 
-    assert radius(coreset(features, 50)) < 0.7 * radius(rng.choice(504, 50, replace=False))
+    assert radius(coreset(features, 50, 0)) < 0.7 * radius(rng.choice(504, 50, replace=False))
 
 
-def test_coreset_is_reproducible_by_its_seed_and_never_picks_twice():
-    features = np.random.default_rng(3).standard_normal((100, 5), np.float32)
-    np.testing.assert_array_equal(coreset(features, 20, seed=1), coreset(features, 20, seed=1))
-    assert not np.array_equal(coreset(features, 20, seed=1), coreset(features, 20, seed=2))
-    assert sorted(coreset(features, 500)) == list(range(100))
-    assert len(set(coreset(np.ones((30, 4), np.float32), 12).tolist())) == 12
+def test_coreset_never_picks_twice_and_is_everything_where_there_is_no_more():
+    points = np.random.default_rng(3).standard_normal((100, 5), np.float32)
+    assert sorted(coreset(points, 500, 20)) == list(range(100))
+    assert coreset(points, 1, 20).tolist() == [20]
+    for batch in (1, 8, 512):
+        assert len(set(coreset(np.ones((30, 4), np.float32), 12, 3, batch=batch).tolist())) == 12
+
+
+def test_coreset_tells_its_progress_up_to_the_end():
+    told = []
+    coreset(np.random.default_rng(4).standard_normal((200, 3)), 50, 0, lambda *what: told.append(what), batch=4)
+    counts = [done for _, done, _ in told]
+    assert {(stage, total) for stage, _, total in told} == {("coreset", 50)}
+    assert counts[0] == 1 and counts[-1] == 50 and counts == sorted(counts)
+
+
+@pytest.fixture(scope="module")
+def normals(images):
+    return NormalImages([np.asarray(image * STD + MEAN).clip(0, 1) for image in images], (SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def every_feature(shallow, normals):
+    """Of all images as they are kept, in the order of images and positions."""
+    embed_jit = jax.jit(embed)
+    return np.concatenate([np.asarray(embed_jit(shallow, image)).reshape(-1, CHANNELS) for image in normals])
+
+
+def rows_of(bank, features):
+    """Which of the features each entry of the bank is."""
+    distances = squared_distances(bank, features)
+    assert distances.min(axis=1).max() == 0, "every entry is a feature, to the bit"
+    return distances.argmin(axis=1)
+
+
+def test_the_memory_bank_is_a_greedy_coreset_of_all_features(shallow, normals, every_feature):
+    told = []
+    fitted = PatchCore.fit(
+        normals, shallow, seed=3, progress=lambda *what: told.append(what), coreset_ratio=0.02, num_candidates=6
+    )
+    chosen = rows_of(fitted.memory_bank, every_feature)
+    assert len(chosen) == np.ceil(0.02 * 3 * POSITIONS) and {*(chosen // POSITIONS)} == {0, 1, 2}
+    np.testing.assert_allclose(regrets(every_feature.astype(np.float64), chosen), 0, atol=1e-3)
+    assert fitted.num_candidates == 6 and fitted.size == (SIZE, SIZE) and fitted.calibration is None
+    assert [stage for stage, done, total in told if done == total] == ["features", "coreset", "memory bank"]
+
+
+def test_a_coreset_of_many_channels_is_chosen_on_their_projection(shallow, normals, every_feature):
+    fitted = PatchCore.fit(normals, shallow, seed=7, max_bank=40, projection=16)
+    chosen = rows_of(fitted.memory_bank, every_feature)
+    assert len(chosen) == 40
+    projected = every_feature.astype(np.float64) @ np.random.default_rng(7).standard_normal((CHANNELS, 16)) / 4
+    np.testing.assert_allclose(regrets(projected, chosen), 0, atol=1e-3)
+    assert regrets(every_feature.astype(np.float64), chosen).max() > 1, "on all channels others would have been chosen"
+
+
+def test_the_seed_decides_the_memory_bank(shallow, normals):
+    banks = [np.asarray(PatchCore.fit(normals, shallow, seed=seed, max_bank=20).memory_bank) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(banks[0], banks[1])
+    assert not np.array_equal(banks[0], banks[2])
 
 
 def test_embedding_is_averaged_enlarged_and_concatenated(extracted):
@@ -211,13 +275,15 @@ def test_refresh_picks_the_best_candidate_for_the_image_as_it_is_now(detector, f
 
 def test_scores_are_equation_5_over_the_scale(detector, images, features, moved):
     _, where = moved
-    (found,) = jax.jit(PatchCore.scores)(detector, images[2], where)
+    both = jax.jit(lambda detector, image, where: detector.scores(image, where) + detector.raw_scores(image, where))
+    found, raw = both(detector, images[2], where)
     distances = np.take_along_axis(squared_distances(features[2], detector.memory_bank), np.asarray(where.indices), axis=1)
     np.testing.assert_allclose(found, distances.min(axis=1).reshape(SIDE, SIDE) / 3.0, rtol=1e-3)
+    np.testing.assert_allclose(raw, 3.0 * np.asarray(found), rtol=1e-6)
 
 
 def test_scores_with_all_candidates_equal_equation_4(detector, images, features):
-    everything = replace(detector, scale=jnp.float32(1.0), num_candidates=10_000)
+    everything = replace(detector, calibration=None, num_candidates=10_000)
 
     @jax.jit
     def score(detector, first, image):

@@ -3,13 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import f2pad_jax
-from f2pad_jax import ImageError, Outcome, Settings, fit_patchcore, refine
+from f2pad_jax import ImageError, Outcome, PatchCore, Settings, fit, refine
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose, exemplar
-from f2pad_jax.refine import look
-from f2pad_jax.units import MEAN, STD, to_unit
+from f2pad_jax.units import MEAN, STD
 
 SIZE = 96
 
@@ -21,7 +19,7 @@ def texture():
 
 @pytest.fixture(scope="module")
 def detector(texture, backbone):
-    return fit_patchcore(texture.train, backbone, size=(SIZE, SIZE))
+    return fit(PatchCore, texture.train, backbone, size=(SIZE, SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,7 @@ def jitted(traces):
     """``refine`` inside a user's own ``jit``, where the whole image is solved for."""
 
     def run(detector, image, settings):
-        _, default = choose(None, detector.exemplars(), traced=True)
+        _, default = choose(None, detector.calibration.normals, traced=True)
 
         def counting(image, region):
             traces.append(image.shape)
@@ -173,7 +171,7 @@ def test_the_result_says_which_inpainter_ran(detector, images, result):
 
 
 def test_the_detector_keeps_training_images_for_the_inpainter(detector, texture):
-    normals = np.asarray(detector.exemplars())
+    normals = np.asarray(detector.calibration.normals)
     assert normals.dtype == np.uint8 and normals.shape == (len(texture.train), SIZE, SIZE, 3)
     assert {image.tobytes() for image in normals} == {image.tobytes() for image in texture.train}
 
@@ -205,35 +203,13 @@ def test_bad_arrays_are_refused(detector, bad):
         refine(detector, bad)
 
 
-def test_fitting_needs_two_images(texture, backbone):
-    with pytest.raises(ImageError, match="at least two"):
-        fit_patchcore(texture.train[:1], backbone, size=(SIZE, SIZE))
-    with pytest.raises(ImageError, match="multiple"):
-        fit_patchcore(texture.train, backbone, size=(100, 100))
-
-
-def test_fitting_is_reproducible(texture, backbone, detector):
-    again = fit_patchcore(texture.train, backbone, size=(SIZE, SIZE))
-    for one, two in zip(jax.tree.leaves(detector), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(one, two)
-
-
-def test_saved_and_loaded_detector_gives_the_same_map(tmp_path, detector, images):
-    f2pad_jax.save_detector(tmp_path / "brick.model", detector)
-    loaded = f2pad_jax.load_detector(tmp_path / "brick.model")
-    x = to_unit(images[0])
-    same = [np.asarray(look(d, x, Settings()).anomaly_map) for d in (detector, loaded)]
-    np.testing.assert_array_equal(*same)
-    np.testing.assert_array_equal(loaded.exemplars(), detector.exemplars())
-
-
 def test_real_defects_are_found(shared, backbone):
     """An ink stain on a hazelnut, from a fit on six real photographs."""
     from f2pad_jax.data.images import read_image
 
     folder = shared / "data" / "hazelnut_toy"
     normal = [read_image(path) for path in sorted((folder / "train" / "good").glob("*"))[:6]]
-    detector = fit_patchcore(normal, backbone, size=(SIZE, SIZE))
+    detector = fit(PatchCore, normal, backbone, size=(SIZE, SIZE))
     name = sorted((folder / "test" / "colour").glob("*"))[6]
     image = read_image(name)
     truth = read_image(folder / "ground_truth" / "colour" / f"{name.stem}_mask.png")[..., 0] > 127

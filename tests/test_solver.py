@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2pad_jax import AbstractDetector, Outcome, PixelPrior, Problem, Settings, solve
+from f2pad_jax import AbstractDetector, Backbone, Calibration, Outcome, PixelPrior, Problem, Settings, solve
 from f2pad_jax.solvers import Solver
 from f2pad_jax.units import HIGHEST, LOWEST
 
@@ -13,9 +13,13 @@ class MeanColour(AbstractDetector):
     """A user's own detector: 4x4 block means against one colour."""
 
     colour: jax.Array
-    prior: PixelPrior
-    threshold: jax.Array
+    calibration: Calibration | None = None
+    backbone: Backbone | None = None
     size: tuple[int, int] = eqx.field(static=True, default=(24, 24))
+
+    @classmethod
+    def fit(cls, images, backbone, *, seed, progress):
+        return cls(jnp.mean(jnp.stack([*images]), axis=(0, 1, 2)))
 
     @property
     def stride(self):
@@ -24,13 +28,10 @@ class MeanColour(AbstractDetector):
     def anomaly_map(self, image):
         return jnp.repeat(jnp.repeat(self.scores(image, None)[0], 4, 0), 4, 1)
 
-    def locate(self, image, corner):
-        return None
-
-    def scores(self, image, where):
+    def raw_scores(self, image, where):
         h, w, _ = image.shape
         blocks = image.reshape(h // 4, 4, w // 4, 4, 3).mean(axis=(1, 3))
-        return (4 * jnp.sum((blocks - self.colour) ** 2, axis=-1),)
+        return (jnp.sum((blocks - self.colour) ** 2, axis=-1),)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ def double_precision():
 def problem():
     key = jax.random.key(0)
     prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
-    detector = MeanColour(jnp.zeros(3), prior, jnp.asarray(2.0))
+    calibration = Calibration(jnp.asarray(0.25), jnp.asarray(2.0), prior)
+    detector = MeanColour(jnp.zeros(3), calibration)
     x = 0.2 * jax.random.normal(key, (24, 24, 3))
     x = x.at[8:14, 9:17].add(1.5)
     region = jnp.zeros((24, 24), bool).at[5:18, 6:20].set(True)

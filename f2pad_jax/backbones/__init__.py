@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -58,6 +59,12 @@ class Backbone(eqx.Module):
         return tuple(NETWORKS[self.name].strides[layer] for layer in self.layers)
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels per tapped layer."""
+        image = jax.ShapeDtypeStruct((self.stride, self.stride, 3), jnp.float32)
+        return tuple(m.shape[-1] for m in jax.eval_shape(type(self).__call__, self, image))
+
+    @property
     def stride(self) -> int:
         """The coarsest stride tapped: image sides and window corners are multiples of it."""
         return max(self.strides)
@@ -75,10 +82,7 @@ def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: 
     Raises:
         CheckpointError: unknown name or layer, or the weights are missing, damaged or not this network's.
     """
-    name = canonical_name(name)
-    if name not in BACKBONES:
-        raise CheckpointError(f"unknown backbone '{name}'; known: {', '.join(BACKBONES)}")
-    network = BACKBONES[name]
+    name, network = canonical_name(name), find_network(name)
     layers = tuple(layers or network.default_layers)
     if unknown := [layer for layer in layers if layer not in network.strides]:
         raise CheckpointError(f"{name} has no layer '{unknown[0]}'; it has {', '.join(network.strides)}")
@@ -86,6 +90,17 @@ def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: 
     graphdef, state, tensors = _load(name, max(layers, key=list(network.strides).index), weights)
     checksum = np.frombuffer(bytes.fromhex(checkpoints.content_checksum(tensors)), np.uint8)
     return Backbone(name, layers, mean, std, graphdef, state, checksum)
+
+
+def find_network(name: str) -> Network:
+    """What the registry knows of a backbone.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    if canonical_name(name) not in BACKBONES:
+        raise CheckpointError(f"unknown backbone '{canonical_name(name)}'; known: {', '.join(BACKBONES)}")
+    return BACKBONES[canonical_name(name)]
 
 
 def load_autoencoder(name: str, *, weights: str | Path | None = None) -> tuple[nnx.GraphDef, nnx.State]:

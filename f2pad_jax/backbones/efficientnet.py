@@ -198,6 +198,7 @@ def _network(variant: str) -> Network:
         build=lambda through: EfficientNet(through, variant),
         strides=LAYERS,
         default_layers=("stage2", "stage3", "stage5"),
+        deep_layers=("stage3.project", "stage5.project", "stage6.project"),
         layouts=_layouts(scaled_depths(SCALES[variant][1], variant.startswith("lite"))),
         batch_norm_eps=1e-3,
     )

@@ -24,6 +24,8 @@ class Network(NamedTuple):
     default_layers: tuple[str, ...]
     layouts: Mapping[str, Rules]
     """How known weight files name the tensors."""
+    deep_layers: tuple[str, ...] = ()
+    """The layers CFLOW-AD taps."""
     batch_norm_eps: float = 0.0
     missing_hint: str = ""
     """What to add to the message when a tensor is missing."""

@@ -100,6 +100,7 @@ def _network(depths: Sequence[int], block: type, **block_options: int) -> Networ
         build=lambda through: ResNet(through, depths, block, **block_options),
         strides=LAYERS,
         default_layers=("layer1", "layer2", "layer3"),
+        deep_layers=("layer2", "layer3", "layer4"),
         layouts={"torchvision": _TORCHVISION, "Hugging Face": _HUGGING_FACE},
         batch_norm_eps=1e-5,
     )

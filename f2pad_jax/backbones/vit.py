@@ -178,6 +178,7 @@ def _network(width: int, num_heads: int) -> Network:
         build=lambda through: ViT(through, width, num_heads),
         strides={**{f"block{i + 1}": PATCH for i in range(12)}, "logits": PATCH},
         default_layers=("block4", "block8", "block12"),
+        deep_layers=("block4", "block8", "block12"),
         layouts={
             "timm": (*FUSED, (r"head\.", "head.")),
             "Hugging Face": (*HUGGING_FACE, (r"classifier\.", "head.")),

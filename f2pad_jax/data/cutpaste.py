@@ -1,4 +1,4 @@
-"""Synthetic defects by cut-paste (paper, Eq. 16), with irregular shapes drawn from smooth noise."""
+"""Synthetic defects: cut-paste (paper, Eq. 16) and fainter kinds, with irregular shapes drawn from smooth noise."""
 
 from typing import NamedTuple
 
@@ -69,3 +69,27 @@ def paste_flat(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mas
     image = normal.copy()
     image[mask] = colour
     return Defective(image, mask)
+
+
+def paste_tint(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
+    """The flat colour of :func:`paste_flat` at an opacity of 0.1 to 1, equally often in every octave."""
+    opacity = np.float32(np.exp(rng.uniform(np.log(0.1), 0)))
+    return Defective(normal + opacity * (paste_flat(rng, normal, mask).image - normal), mask)
+
+
+def paste_stain(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
+    """Darker or lighter by up to 80 % in each channel, with a soft edge."""
+    factors = np.exp(rng.uniform(0.2, 1) * rng.uniform(-0.6, 0.6, 3)).astype(np.float32)
+    return _blended(normal, normal * factors, mask)
+
+
+def paste_noise(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
+    """Another texture on top: noise of 3 to 20 % of the full range, smooth over half a pixel to four, with a soft edge."""
+    sigma = rng.uniform(0.5, 4)
+    noise = scipy.ndimage.gaussian_filter(rng.standard_normal(normal.shape).astype(np.float32), (sigma, sigma, 0))
+    return _blended(normal, normal + np.float32(rng.uniform(0.03, 0.2)) * noise / noise.std(), mask)
+
+
+def _blended(normal: np.ndarray, changed: np.ndarray, mask: np.ndarray) -> Defective:
+    share = scipy.ndimage.gaussian_filter(mask.astype(np.float32), 1.0)[..., None]
+    return Defective((1 - share) * normal + share * np.clip(changed, 0, 1), mask)

@@ -1,120 +1,161 @@
-"""Fit a PatchCore on normal images, and calibrate it without a label."""
+"""``fit``: any method on normal images, calibrated without a label."""
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from f2pad_jax.backbones import Backbone
-from f2pad_jax.data.cutpaste import irregular_shape, paste_flat
-from f2pad_jax.detectors.base import coarse_map
-from f2pad_jax.detectors.patchcore import PatchCore, coreset, embed, nearest
+from f2pad_jax.backbones import Backbone, find_network, load_backbone
+from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, upper_half
 from f2pad_jax.errors import ImageError
 from f2pad_jax.evaluation.metrics import best_threshold
 from f2pad_jax.prior import fit_prior
-from f2pad_jax.units import normalise, resized, to_unit
+from f2pad_jax.units import denormalise, normalise
 
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
+MAX_HELD_OUT = 32
+"""Most images held out for calibration."""
+NUM_DEFECTS = 24
+"""Synthetic defects of each kind, at least."""
+NUM_PIXELS = 20_000
+"""Pixels the prior is fitted to."""
+
+D = TypeVar("D", bound=AbstractDetector)
 
 
-def fit_patchcore(
+def fit(
+    method: type[D],
     images: Iterable[Shaped[np.ndarray | Array, "..."]],
-    backbone: Backbone,
+    backbone: Backbone | str,
     *,
     size: tuple[int, int] = (224, 224),
-    coreset_ratio: float = 0.1,
-    max_bank: int = 4096,
-    num_candidates: int = 50,
     num_components: int = 6,
     num_exemplars: int = 16,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
-) -> PatchCore:
-    """Fit PatchCore on defect-free images.
+    **options: Any,
+) -> D:
+    """Fit a detector to defect-free images, and calibrate it without a label.
 
-    The scale of the scores and the threshold of the coarse map need no labels: up to 32 training images are scored against
-    the memory bank without their own entries, once as they are and once with a synthetic defect pasted on them; the
-    threshold is the one of best pixel F1 over both. Flat patches of a far colour score higher than many real defects, so an
-    image that nowhere reaches that level is judged by a lower one: the geometric mean of it and of the highest level of the
-    normal images.
+    One image in five, at most 32, is held out at first. The method is fitted to the others, and the held-out images, as
+    they are and with synthetic defects pasted on them, give the scale of the scores and the threshold. Then it is fitted
+    again to all of them, if it can be (see :attr:`AbstractDetector.refits`; a flow takes too long).
 
     Args:
-        images: at least two normal images, each as :func:`~f2pad_jax.units.to_unit` takes them; any sizes.
-        backbone: frozen feature extractor.
+        method: :class:`~f2pad_jax.PaDiM`, :class:`~f2pad_jax.PatchCore`, :class:`~f2pad_jax.CFlow` or one of your own.
+        images: at least two normal images, each as :func:`~f2pad_jax.units.to_unit` takes them; any sizes. They are read
+            once and kept at the detector's size, 6 bytes a pixel.
+        backbone: frozen feature extractor, or the name of one, with the layers the method taps by default.
         size: height and width images are resized to, multiples of the backbone's stride.
-        coreset_ratio: share of all features kept in the memory bank.
-        max_bank: most features kept.
-        num_candidates: |M_ij| of Eq. (5).
         num_components: most Gaussians of the pixel prior.
         num_exemplars: most training images kept for the inpainter to borrow from.
-        seed: of the coreset, the prior, the synthetic defects and the images kept.
+        seed: of everything drawn at random.
         progress: told how far it is.
+        options: the method's own, such as ``rank`` of :meth:`PaDiM.fit`.
 
     Raises:
-        ImageError: fewer than two images, or one that can't be used.
+        ImageError: fewer than two images, or one that can't be used; or the size doesn't suit the backbone.
+        CheckpointError: the backbone's weights are missing.
     """
+    normals = NormalImages(images, size)
+    if len(normals) < 2:
+        raise ImageError(
+            f"fitting needs at least two normal images; got {len(normals)}: what ordinary scores are is measured on "
+            "images held out of the fit"
+        )
+    if isinstance(backbone, str):
+        layers = method.default_layers(find_network(backbone), len(normals))
+        backbone = load_backbone(backbone, layers=layers)
     if any(side % backbone.stride or side <= 0 for side in size):
         raise ImageError(f"size {size} is not a multiple of the backbone's stride {backbone.stride}")
-    unit = [np.asarray(resized(to_unit(image), size)) for image in images]
-    if len(unit) < 2:
-        raise ImageError(f"fitting needs at least two normal images; got {len(unit)}")
+    held_out, others = split(len(normals), seed)
+    within = (lambda stage, *count: progress(f"held-out fit: {stage}", *count)) if method.refits else progress
+    detector = method.fit(normals.subset(others), backbone, seed=seed, progress=within, **options)
+    settings = {"num_components": num_components, "num_exemplars": num_exemplars, "seed": seed, "progress": progress}
+    detector = calibrate(detector, normals.subset(held_out), others=normals.subset(others), **settings)
+    if not method.refits:
+        return detector
+    return with_calibration(method.fit(normals, backbone, seed=seed, progress=progress, **options), detector.calibrated)
 
-    embed_jit = jax.jit(lambda backbone, image: embed(backbone, normalise(image)))
-    maps = [np.asarray(embed_jit(backbone, image)) for image in _counted(unit, "features", progress)]
-    shape = maps[0].shape[:2]
-    features = np.concatenate([m.reshape(-1, m.shape[-1]) for m in maps])
-    progress("coreset", 0, 1)
-    chosen = coreset(features, min(int(np.ceil(coreset_ratio * len(features))), max_bank), seed=seed)
-    bank, sources = jnp.asarray(features[chosen]), chosen // (shape[0] * shape[1])
-    progress("coreset", 1, 1)
 
-    progress("pixel prior", 0, 1)
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices held out of ``count`` images, one in five and at most :data:`MAX_HELD_OUT`, and the others, ascending."""
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = min(max(count // 5, 1), MAX_HELD_OUT)
+    return sorted(map(int, order[:held_out])), sorted(map(int, order[held_out:]))
+
+
+def calibrate(
+    detector: D,
+    images: NormalImages,
+    *,
+    others: NormalImages | None = None,
+    num_components: int = 6,
+    num_exemplars: int = 16,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> D:
+    """Give a detector its scale, threshold, pixel prior and exemplars. No label is needed.
+
+    The threshold is that of best pixel F1 over the normal images and copies of them with synthetic defects: tints from
+    faint to opaque, stains, and foreign texture. (Flat patches of far colours, as in the paper's tests, would put it far
+    above most real defects.)
+
+    Args:
+        detector: fitted, calibrated or not.
+        images: normal images it has not been fitted to, for the scale and the threshold.
+        others: more normal images, for the pixel prior and the exemplars.
+        num_components: most Gaussians of the pixel prior.
+        num_exemplars: most images kept for the inpainter to borrow from.
+        seed: of everything drawn at random.
+        progress: told how far it is.
+    """
     rng = np.random.default_rng(seed)
-    pixels = np.concatenate([np.asarray(normalise(image)).reshape(-1, 3) for image in unit])
-    pixels = pixels[rng.choice(len(pixels), min(20_000, len(pixels)), replace=False)]
-    prior = fit_prior(pixels, num_components=num_components, seed=seed)
+    stored = [*images.stored, *(others.stored if others else ())]
+    progress("pixel prior", 0, 1)
+    each = -(-NUM_PIXELS // len(stored))
+    pixels = np.concatenate([rng.choice(image.reshape(-1, 3), each) for image in stored])
+    prior = fit_prior(np.asarray(normalise(pixels / 65535)), num_components=num_components, seed=seed)
     progress("pixel prior", 1, 1)
+    kept = np.sort(rng.permutation(len(stored))[:num_exemplars])
+    normals = jnp.asarray(np.stack([np.rint(stored[i] / 257).astype(np.uint8) for i in kept])) if len(kept) else None
 
-    @jax.jit
-    def held_out(features: Float[Array, "h w c"], bank: Float[Array, "m c"], penalty: Float[Array, " m"]):
-        distances, _ = nearest(features.reshape(-1, features.shape[-1]), bank, 1, penalty)
-        return distances.reshape(shape), coarse_map(distances.reshape(shape), size)
-
-    raw, levels, labels = [], [], []
-    for i in _counted(rng.permutation(len(unit))[:32], "threshold", progress):
-        others = jnp.where(sources == i, jnp.inf, 0.0)
-        if not np.any(sources != i):
-            continue
-        distances, level = held_out(jnp.asarray(maps[i]), bank, others)
-        raw.append(float(jnp.mean(distances)))
-        pasted = paste_flat(rng, unit[i], irregular_shape(rng, size))
-        _, pasted_level = held_out(embed_jit(backbone, pasted.image), bank, others)
-        levels += [level, pasted_level]
-        labels += [np.zeros(size, bool), pasted.mask]
-    scale = max(float(np.mean(raw)), 1e-6)
-    maps, pasted = np.stack(levels) / scale, np.stack(labels)
-    threshold = best_threshold(maps, pasted)
-    highest = np.max(maps[~pasted.any(axis=(1, 2))])  # of normal images
-    kept = [np.rint(255 * unit[i]).astype(np.uint8) for i in sorted(rng.permutation(len(unit))[:num_exemplars])]
-    return PatchCore(
-        backbone=backbone,
-        memory_bank=bank,
-        scale=jnp.float32(scale),
-        prior=prior,
-        threshold=jnp.float32(threshold),
-        size=size,
-        num_candidates=num_candidates,
-        faint_threshold=jnp.float32(np.sqrt(threshold * highest) if highest < threshold else np.inf),
-        normals=jnp.asarray(np.stack(kept)) if kept else None,
-    )
+    scale = float(np.mean([_mean_score(detector, images[i]) for i in range(len(images))]))
+    unset = jnp.float32(0)
+    calibration = Calibration(jnp.float32(max(scale, 1e-6)), unset, unset, prior, normals)
+    detector = with_calibration(detector, calibration)
+    levels = [np.asarray(_map(detector, images[i])) for i in range(len(images))]
+    ordinary = float(np.mean(levels))
+    maps, masks = [], []
+    for i in range(len(images)):
+        progress("threshold", i, len(images))
+        unit = np.asarray(denormalise(images[i]))
+        for paste in (paste_tint, paste_stain, paste_noise) * -(-NUM_DEFECTS // len(images)):
+            defective = paste(rng, unit, irregular_shape(rng, images.size))
+            maps += [levels[i], np.asarray(_map(detector, normalise(defective.image)))]
+            masks += [np.zeros(images.size, bool), defective.mask]
+    progress("threshold", len(images), len(images))
+    threshold = best_threshold(np.stack([upper_half(m, ordinary) for m in maps]), np.stack(masks))
+    threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
+    return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))
 
 
-def _counted(items: Iterable, stage: str, progress: Progress) -> Iterator:
-    items = list(items)
-    progress(stage, 0, len(items))
-    for done, item in enumerate(items, 1):
-        yield item
-        progress(stage, done, len(items))
+def with_calibration(detector: D, calibration: Calibration) -> D:
+    """The detector with another calibration."""
+    return dataclasses.replace(detector, calibration=calibration)
+
+
+@jax.jit
+def _mean_score(detector: AbstractDetector, image: Float[Array, "h w 3"]) -> Float[Array, ""]:
+    """Mean raw score over all positions of all layers."""
+    scores = detector.raw_scores(image, detector.locate(image, ORIGIN))
+    return sum((jnp.sum(s) for s in scores), jnp.zeros(())) / sum(s.size for s in scores)
+
+
+@jax.jit
+def _map(detector: AbstractDetector, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
+    return detector.anomaly_map(image)

@@ -1,6 +1,5 @@
 """PatchCore (Roth et al., CVPR 2022) in the paper's form: multi-layer features, coreset memory bank, Eq. (4)-(5)."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,12 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
+from scipy.spatial.distance import cdist
 
 from f2pad_jax.backbones import Backbone
-from f2pad_jax.detectors.base import AbstractDetector, coarse_map
-from f2pad_jax.prior import PixelPrior
-from f2pad_jax.units import denormalise
+from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract
 
 BLOCK = 512
 """Positions handled at a time by the neighbour searches; bounds their memory."""
@@ -36,40 +34,62 @@ class PatchCore(AbstractDetector):
     """
 
     backbone: Backbone
-    memory_bank: Float[Array, "m c"]
-    scale: Float[Array, ""]
-    """Mean raw score of held-out normal images."""
-    prior: PixelPrior
-    threshold: Float[Array, ""]
     size: tuple[int, int] = eqx.field(static=True)
+    memory_bank: Float[Array, "m c"]
     num_candidates: int = eqx.field(static=True, default=50)
     """|M_ij|."""
-    faint_threshold: Float[Array, ""] | float = float("inf")
-    """Level for images that nowhere reach the threshold."""
-    normals: UInt8[Array, "k h w 3"] | None = None
-    """Some of the training images, for the inpainter."""
+    calibration: Calibration | None = None
 
-    @property
-    def stride(self) -> int:
-        """The backbone's coarsest stride."""
-        return self.backbone.stride
+    @classmethod
+    def fit(
+        cls,
+        images: NormalImages,
+        backbone: Backbone,
+        *,
+        seed: int = 0,
+        progress: Progress = lambda stage, done, total: None,
+        coreset_ratio: float = 0.1,
+        max_bank: int = 4096,
+        num_candidates: int = 50,
+        projection: int = 128,
+    ) -> "PatchCore":
+        """The features of a greedy coreset.
 
-    def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
-        """Coarse map over the whole memory bank, Eq. (4)."""
-        features = embed(self.backbone, image)
-        distances, _ = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, 1)
-        return coarse_map(distances.reshape(features.shape[:2]) / self.scale, (image.shape[0], image.shape[1]))
+        Images are streamed twice, first for the projections the coreset is chosen on, then for the features chosen:
+        memory is 4·``projection`` bytes a position and image (1.6 MB an image at 56x56), not their 448 channels.
 
-    def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
-        """m0: the map above the threshold or, in an image that nowhere reaches it, above the faint one."""
-        glaring = jnp.any(anomaly_map > self.threshold)
-        return anomaly_map > jnp.where(glaring, self.threshold, self.faint_threshold)
+        Args:
+            coreset_ratio: share of all features kept in the memory bank.
+            max_bank: most features kept.
+            num_candidates: |M_ij| of Eq. (5).
+            projection: dimensions of the random projection distances are measured in.
+        """
+        rng = np.random.default_rng(seed)
+        embed_jit, points, matrix, count = jax.jit(embed), None, None, 0
+        for i in range(len(images)):
+            progress("features", i, len(images))
+            features = np.asarray(embed_jit(backbone, images[i]))
+            features = features.reshape(-1, features.shape[-1])
+            if points is None:
+                count, channels = features.shape
+                if channels > projection:
+                    matrix = (rng.standard_normal((channels, projection)) / np.sqrt(projection)).astype(np.float32)
+                points = np.empty((len(images) * count, min(channels, projection)), np.float32)
+            points[i * count : (i + 1) * count] = features if matrix is None else features @ matrix
+        progress("features", len(images), len(images))
+        assert points is not None
+        wanted = max(1, min(int(np.ceil(coreset_ratio * len(points))), max_bank))
+        chosen = coreset(points, wanted, int(rng.integers(len(points))), progress)
+        bank = np.empty((len(chosen), channels), np.float32)
+        for i in range(len(images)):
+            progress("memory bank", i, len(images))
+            (mine,) = np.nonzero(chosen // count == i)
+            if len(mine):
+                bank[mine] = np.asarray(embed_jit(backbone, images[i])).reshape(count, -1)[chosen[mine] % count]
+        progress("memory bank", len(images), len(images))
+        return cls(backbone=backbone, size=images.size, memory_bank=jnp.asarray(bank), num_candidates=num_candidates)
 
-    def exemplars(self) -> UInt8[Array, "k h w 3"] | None:
-        """Some of the training images."""
-        return self.normals
-
-    def locate(self, image: Float[Array, "h w 3"], corner: Int[Array, " 2"]) -> Candidates:
+    def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Candidates:
         """Candidates M_ij from the features of n0; PatchCore does not depend on ``corner``."""
         del corner
         features = embed(self.backbone, image)
@@ -94,9 +114,16 @@ class PatchCore(AbstractDetector):
         chosen = _blocked(choose, (features.reshape(-1, features.shape[-1]), where.indices))
         return Candidates(where.indices, chosen.reshape(features.shape))
 
-    def scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
-        """Squared L2 distance to the nearest candidate, Eq. (5), in units of the mean normal score."""
-        return (jnp.sum((embed(self.backbone, image) - where.nearest) ** 2, axis=-1) / self.scale,)
+    def raw_scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
+        """Squared L2 distance to the nearest candidate, Eq. (5)."""
+        return (jnp.sum((embed(self.backbone, image) - where.nearest) ** 2, axis=-1),)
+
+    def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
+        """Coarse map over the whole memory bank, Eq. (4)."""
+        features = embed(self.backbone, image)
+        distances, _ = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, 1)
+        scale = 1.0 if self.calibration is None else self.calibration.scale
+        return coarse_map(distances.reshape(features.shape[:2]) / scale, (image.shape[0], image.shape[1]))
 
 
 def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1 w_1 c"]:
@@ -104,7 +131,7 @@ def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1
 
     ``image`` in normalised intensity.
     """
-    maps = backbone(backbone.normalise(denormalise(image)))
+    maps = extract(backbone, image)
     return jnp.concatenate(
         [jax.image.resize(_average(m), (*maps[0].shape[:2], m.shape[2]), "linear") for m in maps], axis=-1
     )
@@ -133,20 +160,19 @@ def _blocked(function: Callable, arrays, block: int = BLOCK):
 
 
 def nearest(
-    features: Float[Array, "p c"], bank: Float[Array, "m c"], k: int, penalty: Float[Array, " m"] | float = 0.0
-) -> tuple[Float[Array, "p"] | Float[Array, "p k"], Int[Array, "p k"]]:
+    features: Float[Array, "p c"], bank: Float[Array, "m c"], k: int
+) -> tuple[Float[Array, "p"], Int[Array, "p k"]]:
     """Exact k nearest neighbours by squared L2, nearest first, in blocks of positions.
 
     Args:
         features: where to search from.
         bank: what to search.
         k: how many neighbours.
-        penalty: added to each entry's squared distance; infinity leaves an entry out.
 
     Returns:
         the distance to the nearest, recomputed without cancellation, and the indices of all ``k``.
     """
-    norms = jnp.sum(bank**2, axis=-1) + penalty
+    norms = jnp.sum(bank**2, axis=-1)
 
     def search(feature):
         scores = 2 * feature @ bank.T - norms
@@ -157,37 +183,54 @@ def nearest(
 
 
 def coreset(
-    features: Float[np.ndarray, "n c"], size: int, *, seed: int = 0, projection: int = 128
+    points: Float[np.ndarray, "n d"],
+    size: int,
+    first: int,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    batch: int = 512,
 ) -> Int[np.ndarray, " m"]:
-    """Greedy k-centre selection on randomly projected features (Sener & Savarese 2018, as in PatchCore).
+    """Greedy k-centre selection (Sener & Savarese 2018, as in PatchCore): each next point is the farthest from the chosen.
+
+    The same choice as the plain algorithm, which passes over all points once for every one it chooses, in far fewer
+    passes. Distances to the chosen only ever fall. So the farthest point is among the ``batch`` farthest of the last pass,
+    for as long as the farthest of them is at least as far as all others were then; their distances to one another suffice
+    to choose among them. One matrix product then brings all points up to date with every point chosen since.
 
     Args:
-        features: all normal features.
-        size: how many to keep.
-        seed: of the projection and the first centre.
-        projection: dimensions distances are measured in; fewer features' channels than this are used as they are.
+        points: where distances are measured.
+        size: how many to choose; all, where there are fewer.
+        first: index of the first.
+        progress: told how many are chosen.
+        batch: points considered between passes.
 
     Returns:
         indices in the order they were chosen.
     """
-    rng = np.random.default_rng(seed)
-    n, c = features.shape
-    size = min(size, n)
-    if c > projection:
-        features = features @ (rng.standard_normal((c, projection)) / np.sqrt(projection)).astype(np.float32)
-    return np.asarray(_greedy(jnp.asarray(features), int(rng.integers(n)), size))
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _greedy(points: Float[Array, "n d"], first: Int[Array, ""], size: int) -> Int[Array, " m"]:
-    norms = jnp.sum(points**2, axis=-1)
-
-    def choose(i, carry):
-        chosen, distance = carry
-        last = chosen[i - 1]
-        distance = jnp.minimum(distance, norms - 2 * points @ points[last] + norms[last])
-        distance = distance.at[last].set(-1.0)
-        return chosen.at[i].set(jnp.argmax(distance).astype(jnp.int32)), distance
-
-    chosen = jnp.zeros(size, jnp.int32).at[0].set(first)
-    return jax.lax.fori_loop(1, size, choose, (chosen, jnp.full(len(points), jnp.inf)))[0]
+    n, size = len(points), min(size, len(points))
+    points = points - points.mean(axis=0)  # the shorter, the fewer digits cancel
+    norms = np.einsum("nd,nd->n", points, points)
+    distance = np.full(n, np.inf, points.dtype)
+    chosen, new = [first], [first]
+    while True:
+        progress("coreset", len(chosen), size)
+        if len(chosen) == size:
+            return np.asarray(chosen)
+        for start in range(0, n, 16384):
+            block = slice(start, start + 16384)
+            apart = norms[block, None] - 2 * points[block] @ points[new].T + norms[new]
+            np.minimum(distance[block], apart.min(axis=1), out=distance[block])
+        distance[new] = -np.inf
+        order = np.argpartition(-distance, min(batch, n - 1))
+        candidates, level = order[:batch], distance[order[batch:]].max(initial=-np.inf)
+        candidates = candidates[distance[candidates] > -np.inf]
+        near, apart = distance[candidates], cdist(points[candidates], points[candidates], "sqeuclidean")
+        new = []
+        while len(chosen) + len(new) < size and len(new) < len(candidates):
+            farthest = int(np.argmax(near))
+            if new and near[farthest] < level:
+                break
+            new.append(int(candidates[farthest]))
+            near = np.minimum(near, apart[farthest])
+            near[farthest] = -np.inf
+        chosen += new

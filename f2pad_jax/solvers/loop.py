@@ -1,5 +1,6 @@
 """The loop of Algorithm 1: share the gradient, scale the step, move by Adan, until nothing is gained."""
 
+import dataclasses
 import enum
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def solve(problem: Problem, n0: Float[Array, "h w 3"], settings: Settings, max_s
     def chunk(carry):
         state, where, _ = carry
         where = problem.detector.refresh(state.n, where)
-        now = eqx.tree_at(lambda p: p.where, problem, where)
+        now = dataclasses.replace(problem, where=where)
         new = jax.lax.fori_loop(0, k, lambda _, s: solver.step(now, s), state)
         converged = (state.objective - new.objective) / k < settings.tolerance  # never at the first look: inf - finite
         return new, where, converged

@@ -1,0 +1,161 @@
+"""Detectors trained with anomalib 2.x, from the checkpoints its engine saves, without anomalib, PyTorch or unpickling."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from f2pad_jax.backbones import canonical_name, find_network, load_backbone
+from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress
+from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
+from f2pad_jax.detectors.fit import calibrate
+from f2pad_jax.detectors.padim import BLOCK, Full, PaDiM, by_layer
+from f2pad_jax.detectors.patchcore import PatchCore
+from f2pad_jax.errors import CheckpointError, ImageError
+from f2pad_jax.torchfile import read_training_checkpoint
+
+DEFAULT_SIZE = (256, 256)
+"""What anomalib resizes to where its checkpoint does not say (before 2.7, unless a pre-processor was given)."""
+
+
+def load_anomalib(
+    path: str | Path,
+    images: Iterable[Shaped[np.ndarray | Array, "..."]],
+    *,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> AbstractDetector:
+    """A PaDiM, PatchCore or CFLOW detector that anomalib 2.x trained, ready to refine with.
+
+    The network's weights, the statistics and the size come from the file. What it does not hold is measured on normal
+    images: the scale of the scores, the thresholds, the pixel prior and, for CFLOW, the maximum of the likelihood. Images
+    that were not trained on serve best; with those that were, the scale is a little low. anomalib's thresholds are left
+    alone: they belong to its own smoothing, and for CFLOW to the batches it met.
+
+    Args:
+        path: the ``.ckpt`` file. Saving the result and loading it again needs it too, as ``weights=path``.
+        images: normal images, each as :func:`~f2pad_jax.units.to_unit` takes them.
+        size: height and width images are resized to; default: what anomalib's pre-processor did. One that crops is refused
+            without it: crop the images alike, and give the crop's size.
+        seed: of the synthetic defects and the pixel prior.
+        progress: told how far it is.
+
+    Raises:
+        CheckpointError: the file is damaged or not such a checkpoint, or holds a model or pre-processor that can't be used.
+        ImageError: an image can't be used, or there is none.
+    """
+    tensors, rest = read_training_checkpoint(path)
+    parameters = rest.get("hyper_parameters")
+    if not isinstance(parameters, dict) or not {"backbone", "layers"} <= parameters.keys():
+        raise CheckpointError(
+            f"{path}: no checkpoint of anomalib's PaDiM, PatchCore or CFLOW: it names no backbone and layers"
+        )
+    name = canonical_name(str(parameters["backbone"]).partition(".")[0])
+    known = list(find_network(name).strides)
+    if unknown := [layer for layer in parameters["layers"] if layer not in known]:
+        raise CheckpointError(f"{path}: taps {name}'s '{unknown[0]}', which is none of {', '.join(known)}")
+    layers = tuple(
+        sorted(parameters["layers"], key=known.index)
+    )  # the order its features come in, whatever they are called
+    backbone = load_backbone(name, layers=layers, weights=path)
+    size = size or _input_size(Path(path), parameters, rest)
+    if any(side % backbone.stride or side <= 0 for side in size):
+        raise ImageError(f"{path}: size {size} is not a multiple of the stride of {layers[-1]}, {backbone.stride}")
+    normals = NormalImages(images, size)
+    if not len(normals):
+        raise ImageError("a detector of anomalib's needs at least one normal image to be calibrated on; got none")
+    try:
+        if "model.memory_bank" in tensors:
+            bank = jnp.asarray(tensors["model.memory_bank"].astype(np.float32))
+            detector: AbstractDetector = PatchCore(backbone=backbone, size=size, memory_bank=bank)
+        elif "model.gaussian.mean" in tensors:
+            detector = _padim(tensors, backbone, size)
+        elif any(name.startswith("model.decoders.") for name in tensors):
+            detector = _cflow(tensors, parameters, backbone, size).with_peaks(normals)
+        else:
+            raise CheckpointError("none of anomalib's PaDiM, PatchCore and CFLOW")
+    except KeyError as error:
+        raise CheckpointError(f"{path}: tensor {error} is missing") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return calibrate(detector, normals, seed=seed, progress=progress)
+
+
+def _input_size(path: Path, parameters: dict, rest: dict) -> tuple[int, int]:
+    """Height and width of the network's input."""
+    config, processor = rest.get("anomalib_pre_processor_config"), parameters.get("pre_processor")
+    steps: list[tuple[str, dict[str, Any]]] = []
+    if isinstance(config, dict) and isinstance(config.get("transform"), dict):  # since 2.7
+        transforms = config["transform"].get("init_args", {}).get("transforms", [config["transform"]])
+        steps = [(t["class_path"].rpartition(".")[2], t["init_args"]) for t in transforms]
+    elif isinstance(processor, dict):
+        transform = processor.get("_modules", {}).get("transform", {})
+        steps = [(type(t).__name__, t) for t in transform.get("transforms", [transform])]
+    size = DEFAULT_SIZE
+    for step, arguments in steps:
+        if step == "Resize" and len(arguments["size"]) == 2:
+            size = (int(arguments["size"][0]), int(arguments["size"][1]))
+        elif step == "Normalize":
+            if not np.allclose([*arguments["mean"], *arguments["std"]], [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]):
+                raise CheckpointError(f"{path}: normalises by other values than ImageNet's mean and deviation")
+        else:
+            raise CheckpointError(
+                f"{path}: its pre-processor has a {step} step, which has no counterpart here; prepare the images so that "
+                "they need it no more, and give the size it ends with"
+            )
+    return size
+
+
+def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> PaDiM:
+    mean, precision = tensors["model.gaussian.mean"], tensors["model.gaussian.inv_covariance"]
+    stride = min(backbone.strides)
+    h, w = size[0] // stride, size[1] // stride
+    if mean.shape[1] != h * w:
+        raise CheckpointError(
+            f"holds statistics of {mean.shape[1]} positions, not the {h}x{w} of a {size[0]}x{size[1]} image; give the size"
+        )
+    order = np.argsort(tensors["model.idx"])
+    parts = []
+    for start in range(0, h * w, BLOCK):  # Λ⁻¹ = V·diag(v)·Vᵀ, so W = diag(√v)·Vᵀ
+        block = precision[start : start + BLOCK][:, order][:, :, order].astype(np.float64)
+        values, vectors = np.linalg.eigh((block + np.swapaxes(block, 1, 2)) / 2)
+        parts.append((np.sqrt(np.maximum(values, 0))[..., None] * np.swapaxes(vectors, 1, 2)).astype(np.float32))
+    whitening = np.concatenate(parts).reshape(h, w, len(order), len(order))
+    return PaDiM(
+        backbone=backbone,
+        size=size,
+        channels=by_layer(tensors["model.idx"][order], backbone),
+        mean=jnp.asarray(mean[order].T.reshape(h, w, -1)),
+        precision=Full(jnp.asarray(whitening)),
+    )
+
+
+def _cflow(tensors: dict[str, np.ndarray], parameters: dict, backbone, size: tuple[int, int]) -> CFlow:
+    if not math.isclose(parameters.get("clamp_alpha", CLAMP), CLAMP):
+        raise CheckpointError(f"its flows clamp at {parameters['clamp_alpha']}; this library's at {CLAMP}")
+    flows = []
+    for k in range(len(backbone.layers)):
+        prefix, blocks = f"model.decoders.{k}.module_list", []
+        while f"{prefix}.{len(blocks)}.global_scale" in tensors:
+            block = f"{prefix}.{len(blocks)}"
+            blocks.append(
+                Coupling(
+                    weight1=jnp.asarray(tensors[f"{block}.subnet.0.weight"].T),
+                    bias1=jnp.asarray(tensors[f"{block}.subnet.0.bias"]),
+                    weight2=jnp.asarray(tensors[f"{block}.subnet.2.weight"].T),
+                    bias2=jnp.asarray(tensors[f"{block}.subnet.2.bias"]),
+                    global_scale=jnp.asarray(tensors[f"{block}.global_scale"][0]),
+                    global_offset=jnp.asarray(tensors[f"{block}.global_offset"][0]),
+                    rotation=jnp.asarray(tensors[f"{block}.w_perm"]),
+                )
+            )
+        if not blocks:
+            raise CheckpointError(f"tensor '{prefix}.0.global_scale' is missing")
+        flows.append(Flow(tuple(blocks)))
+    unset = jnp.zeros(len(flows))
+    return CFlow(backbone=backbone, size=size, flows=tuple(flows), peaks=unset, losses=jnp.zeros((0, len(flows))))

@@ -1,0 +1,399 @@
+import itertools
+from dataclasses import replace
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from f2pad_jax import (
+    AbstractDetector,
+    Backbone,
+    Calibration,
+    CheckpointError,
+    ImageError,
+    ModelError,
+    NormalImages,
+    PaDiM,
+    PatchCore,
+    fit,
+    load_backbone,
+    load_detector,
+    refine,
+    save_detector,
+)
+from f2pad_jax.data.textures import load_texture
+from f2pad_jax.detectors.fit import MAX_HELD_OUT, split
+from f2pad_jax.detectors.patchcore import embed
+from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.units import MEAN, STD, normalise, to_unit
+
+SIDE = 64
+SIZE = (SIDE, SIDE)
+QUICK = {"size": SIZE, "num_components": 1}
+"""One Gaussian of pixel values, which takes no time."""
+PATCHCORE = {**QUICK, "seed": 3, "max_bank": 60, "num_candidates": 7}
+
+
+class Blocks(AbstractDetector):
+    """A user's own detector: how far the mean colours of blocks, at two sizes, are from those of the images fitted to."""
+
+    backbone: Backbone
+    size: tuple[int, int] = eqx.field(static=True)
+    known: tuple[jax.Array, ...]
+    seen: jax.Array
+    power: float = eqx.field(static=True, default=1.0)
+    calibration: Calibration | None = None
+
+    refits: ClassVar[bool] = False
+
+    @classmethod
+    def default_layers(cls, network, num_images):
+        return ("stage3",) if num_images < 5 else ("stage4",)
+
+    @classmethod
+    def fit(cls, images, backbone, *, seed, progress, power=1.0):
+        means = [[] for _ in SIDES]
+        for i, image in enumerate(images):
+            progress("blocks", i, len(images))
+            for each, side in zip(means, SIDES, strict=True):
+                each.append(block_means(image, side).reshape(-1, 3))
+        progress("blocks", len(images), len(images))
+        seen = np.stack([images.pixels(i) for i in range(len(images))])
+        return cls(backbone, images.size, tuple(map(jnp.concatenate, means)), jnp.asarray(seen), power)
+
+    def raw_scores(self, image, where):
+        def score(side, known):
+            apart = jnp.sum((block_means(image, side)[:, :, None] - known) ** 2, axis=-1)
+            return jnp.min(apart, axis=-1) ** self.power
+
+        return tuple(score(side, known) for side, known in zip(SIDES, self.known, strict=True))
+
+
+class Refitted(Blocks):
+    refits: ClassVar[bool] = True
+
+
+SIDES = (4, 8)
+
+
+def block_means(image, side):
+    h, w, _ = image.shape
+    return image.reshape(h // side, side, w // side, side, 3).mean(axis=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def texture():
+    return load_texture("brick", size=SIDE, num_train=10, num_test=3)
+
+
+@pytest.fixture(scope="module")
+def stage4():
+    return load_backbone("efficientnet-lite0", layers=("stage4",))
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return load_backbone("efficientnet-lite0", layers=("stage2", "stage3"))
+
+
+@pytest.fixture(scope="module")
+def blocks(texture, stage4):
+    return fit(Blocks, texture.train, stage4, seed=3, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def other_seed(texture, stage4):
+    return fit(Blocks, texture.train, stage4, seed=4, num_exemplars=4, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def squared(texture, stage4):
+    return fit(Blocks, texture.train, stage4, seed=3, power=2.0, num_exemplars=0, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What was told of the progress of :func:`patchcore`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def patchcore(texture, shallow, told):
+    return fit(PatchCore, texture.train, shallow, progress=lambda *what: told.append(what), **PATCHCORE)
+
+
+def deep(images):
+    """Images as they are kept."""
+    return np.stack([image.astype(np.uint16) * 257 for image in images])
+
+
+# --- what is held out
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(2, 1), (4, 1), (5, 1), (9, 1), (10, 2), (159, 31), (160, 32), (165, 32), (1000, MAX_HELD_OUT)]
+)
+def test_one_image_in_five_is_held_out_at_least_one_and_at_most_32(count, expected):
+    held_out, others = split(count, 0)
+    assert len(held_out) == expected <= 32
+    assert sorted(held_out + others) == list(range(count))
+    assert held_out == sorted(held_out) and others == sorted(others)
+
+
+def test_the_seed_decides_which_images_are_held_out():
+    assert split(50, 1) == split(50, 1) != split(50, 2)
+    assert {i for seed in range(200) for i in split(20, seed)[0]} == set(range(20)), "none is left out for good"
+
+
+def test_a_method_that_does_not_refit_has_not_seen_the_images_held_out(blocks, texture):
+    held_out, others = split(10, 3)
+    assert len(held_out) == 2
+    np.testing.assert_array_equal(blocks.seen, deep(texture.train)[others])
+
+
+def test_a_method_that_refits_sees_all_images_after_calibration_on_those_held_out(blocks, texture, stage4):
+    told = []
+    refitted = fit(Refitted, texture.train, stage4, seed=3, progress=lambda *what: told.append(what), **QUICK)
+    np.testing.assert_array_equal(refitted.seen, deep(texture.train))
+    assert [what for what in told if what[0].endswith("blocks")] == [
+        *(("held-out fit: blocks", i, 8) for i in range(9)),
+        *(("blocks", i, 10) for i in range(11)),
+    ]
+    for one, two in zip(jax.tree.leaves(refitted.calibration), jax.tree.leaves(blocks.calibration), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+# --- calibration
+
+
+def test_the_scale_is_the_mean_raw_score_of_the_images_held_out(blocks, texture):
+    """The mean over all positions of both sizes of block, in NumPy."""
+    held_out, others = split(10, 3)
+    images = (np.stack(texture.train) / 255 - MEAN) / STD
+
+    def colours(i, side):
+        n = SIDE // side
+        return images[i].reshape(n, side, n, side, 3).mean(axis=(1, 3)).reshape(-1, 3)
+
+    scores = [
+        cdist(colours(i, side), np.concatenate([colours(j, side) for j in others]), "sqeuclidean").min(axis=1)
+        for side in SIDES
+        for i in held_out
+    ]
+    assert float(blocks.calibration.scale) == pytest.approx(np.mean(np.concatenate(scores)), rel=1e-4)
+
+
+def test_the_scale_of_patchcore_is_the_mean_distance_of_the_images_held_out(patchcore, texture, shallow):
+    held_out, others = split(10, 3)
+    bank = PatchCore.fit(NormalImages([texture.train[i] for i in others], SIZE), shallow, seed=3, max_bank=60).memory_bank
+    images = [normalise(to_unit(texture.train[i])) for i in held_out]
+    features = np.concatenate([np.asarray(jax.jit(embed)(shallow, image)).reshape(-1, bank.shape[1]) for image in images])
+    expected = np.mean(cdist(features, bank, "sqeuclidean").min(axis=1))
+    assert float(patchcore.calibration.scale) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks", "patchcore"])
+def test_the_threshold_lies_between_ordinary_and_defective_levels(name, texture, request):
+    detector = request.getfixturevalue(name)
+    threshold = float(detector.calibration.threshold)
+    assert np.isfinite(threshold)
+    anomaly_map = jax.jit(type(detector).anomaly_map)
+    held_out, _ = split(10, 3)
+    ordinary = np.stack([anomaly_map(detector, normalise(to_unit(texture.train[i]))) for i in held_out])
+    assert np.median(ordinary) < threshold
+    for test in texture.test:
+        found = np.asarray(anomaly_map(detector, normalise(to_unit(test.image))))
+        assert found[test.mask].max() > threshold
+        mask = np.asarray(detector.coarse_mask(jnp.asarray(found)))
+        assert mask[test.mask].any() and mask.mean() < 0.5
+        assert mask[test.mask].mean() > 2 * mask[~test.mask].mean()
+
+
+def test_the_coarse_mask_is_what_exceeds_the_threshold(blocks):
+    detector = replace(blocks, calibration=replace(blocks.calibration, threshold=jnp.float32(2.0)))
+    levels = jnp.asarray([[0.0, 2.0, 2.5], [2.1, 1.9, -1.0]])
+    np.testing.assert_array_equal(detector.coarse_mask(levels), [[False, False, True], [True, False, False]])
+
+
+def test_scores_are_raw_over_the_scale_and_raw_before_calibration(blocks, texture):
+    image = normalise(to_unit(texture.test[0].image))
+    uncalibrated = replace(blocks, calibration=None)
+    raw = blocks.raw_scores(image, None)
+    for found, expected in itertools.chain(
+        zip(blocks.scores(image, None), [r / blocks.calibration.scale for r in raw], strict=True),
+        zip(uncalibrated.scores(image, None), raw, strict=True),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="Blocks is not calibrated"):
+        refine(uncalibrated, texture.test[0].image)
+
+
+def test_no_more_training_images_are_kept_than_asked_for(other_seed, squared, texture):
+    kept = other_seed.calibration.normals
+    assert kept.dtype == np.uint8 and kept.shape == (4, *SIZE, 3)
+    assert len({np.asarray(image).tobytes() for image in kept} & {image.tobytes() for image in texture.train}) == 4
+    assert squared.calibration.normals is None
+
+
+# --- options
+
+
+def test_options_reach_the_method(patchcore, blocks, squared, texture, stage4):
+    assert patchcore.num_candidates == 7 and patchcore.memory_bank.shape == (60, 64)
+    image = normalise(to_unit(texture.test[0].image))
+    for found, root in zip(squared.raw_scores(image, None), blocks.raw_scores(image, None), strict=True):
+        np.testing.assert_allclose(found, np.asarray(root) ** 2, rtol=1e-6, atol=1e-30)
+    with pytest.raises(TypeError, match="exponent"):
+        fit(Blocks, texture.train, stage4, exponent=2.0, **QUICK)
+
+
+def test_fitting_is_reproducible_by_its_seed(patchcore, texture, shallow):
+    again = fit(PatchCore, texture.train, shallow, **PATCHCORE)
+    for one, two in zip(jax.tree.leaves(patchcore), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_another_seed_is_another_fit(blocks, other_seed):
+    assert not np.array_equal(other_seed.seen, blocks.seen)
+    assert other_seed.calibration.scale != blocks.calibration.scale
+
+
+def test_a_backbone_by_name_has_the_layers_the_method_asks_for(texture):
+    for count, layers in ((4, ("stage3",)), (5, ("stage4",))):
+        detector = fit(Blocks, texture.train[:count], "efficientnet_lite0", **QUICK)
+        assert (detector.backbone.name, detector.backbone.layers) == ("efficientnet-lite0", layers)
+        assert detector.stride == {"stage3": 8, "stage4": 16}[layers[0]]
+    with pytest.raises(CheckpointError, match="unknown backbone 'lenet'"):
+        fit(Blocks, texture.train, "lenet", **QUICK)
+
+
+def test_every_stage_is_told_up_to_its_end(patchcore, told):
+    last = {stage: (done, total) for stage, done, total in told}
+    within = {"features", "coreset", "memory bank"}
+    assert last.keys() >= within | {f"held-out fit: {stage}" for stage in within} | {"threshold"}
+    assert all(done == total for done, total in last.values())
+    for stage in last:
+        counts = [done for name, done, _ in told if name == stage]
+        assert counts == sorted(counts)
+
+
+# --- images
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fitting_needs_two_images(texture, stage4, count):
+    with pytest.raises(ImageError, match=f"at least two normal images; got {count}") as refusal:
+        fit(Blocks, texture.train[:count], stage4, **QUICK)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("size", [(100, 64), (64, 8), (0, 64), (-16, 64)])
+def test_sizes_that_are_no_multiples_of_the_stride_are_refused(texture, stage4, size):
+    with pytest.raises(ImageError, match="not a multiple of the backbone's stride 16"):
+        fit(Blocks, texture.train[:2], stage4, size=size, num_components=1)
+
+
+def test_images_of_any_size_and_kind_are_fitted_together(texture, stage4):
+    first = texture.train[0]
+    images = [
+        first,
+        texture.train[1][:50, :33],
+        np.kron(texture.train[2], np.ones((3, 2, 1), np.uint8)),
+        jnp.asarray(texture.train[3] / 255, jnp.float32),
+        texture.train[4].astype(np.uint16) * 257,
+        texture.train[5].mean(axis=-1).astype(np.uint8),
+    ]
+    detector = fit(Refitted, iter(images), stage4, **QUICK)
+    assert detector.seen.shape == (6, *SIZE, 3)
+    np.testing.assert_array_equal(detector.seen[jnp.asarray([0, 3, 4])], deep([texture.train[i] for i in (0, 3, 4)]))
+    np.testing.assert_array_equal(detector.seen[5], np.repeat(deep([images[5]])[0][..., None], 3, axis=-1))
+    assert np.isfinite(detector.calibration.scale) and np.isfinite(detector.calibration.threshold)
+
+
+def test_constant_images_give_finite_scores_and_masks(shallow):
+    """Nothing differs from anything: the mean score is 0, which nothing must be divided by."""
+    grey = np.full((*SIZE, 3), 100, np.uint8)
+    for method, options in ((PatchCore, PATCHCORE), (PaDiM, {**QUICK, "num_channels": 40})):
+        detector = fit(method, [grey] * 3, shallow, **options)
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves((detector.calibration.scale, detector.calibration.prior))
+        )
+        spotted = grey.copy()
+        spotted[20:36, 24:40] = (250, 20, 20)
+        maps = [jax.jit(method.anomaly_map)(detector, normalise(to_unit(image))) for image in (grey, spotted)]
+        assert np.isfinite(maps).all()
+        masks = [np.asarray(detector.coarse_mask(m)) for m in maps]
+        assert not masks[0].any() and masks[1][20:36, 24:40].any()
+
+
+def test_fewer_images_than_feature_dimensions_are_enough(texture, shallow):
+    detector = fit(PaDiM, texture.train[:3], shallow, num_channels=40, **QUICK)
+    assert detector.mean.shape == (16, 16, 40)
+    for image in (texture.train[0], texture.test[0].image):
+        assert np.isfinite(jax.jit(PaDiM.anomaly_map)(detector, normalise(to_unit(image)))).all()
+    assert np.isfinite(detector.calibration.threshold)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.full((32, 32, 3), np.nan, np.float32),
+        np.where(np.eye(SIDE, dtype=bool)[..., None], np.float32(np.inf), np.zeros((*SIZE, 3), np.float32)),
+        np.full((*SIZE, 3), 200.0),
+        np.zeros((*SIZE, 4), np.uint8),
+        np.zeros((*SIZE, 3), np.int64),
+        np.zeros((0, 64, 3), np.uint8),
+    ],
+    ids=["nan", "infinite", "out of range", "four channels", "int64", "empty"],
+)
+def test_a_bad_image_is_refused_in_one_line(bad, texture, stage4):
+    with pytest.raises(ImageError) as refusal:
+        fit(Blocks, [*texture.train[:3], bad], stage4, **QUICK)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_8_bit_image_of_the_right_size_comes_back_bit_for_bit():
+    every_level = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
+    images = NormalImages([every_level], (16, 16))
+    np.testing.assert_array_equal(images[0], normalise(to_unit(every_level)))
+    np.testing.assert_array_equal(images.pixels(0) // 257, every_level)
+
+
+def test_images_are_kept_at_16_bits():
+    rng = np.random.default_rng(0)
+    fine, level = rng.uniform(0, 1, (16, 24, 3)).astype(np.float32), rng.integers(0, 65536, (16, 24, 3), np.uint16)
+    images = NormalImages([fine, level], (16, 24))
+    assert len(images) == 2 and images.pixels(0).dtype == np.uint16
+    np.testing.assert_allclose(images.pixels(0), fine.astype(np.float64) * 65535, atol=0.51)
+    np.testing.assert_array_equal(images.pixels(1), level)
+    np.testing.assert_allclose(images[0], (fine - MEAN) / STD, atol=1 / 65535 / STD.min())
+
+
+def test_some_of_the_images_share_their_memory(texture):
+    images = NormalImages(texture.train, SIZE)
+    part = images.subset([7, 2])
+    assert len(part) == 2 and part.size == SIZE
+    for mine, i in enumerate((7, 2)):
+        assert np.shares_memory(part.pixels(mine), images.pixels(i))
+        np.testing.assert_array_equal(part[mine], images[i])
+
+
+# --- a detector of one's own
+
+
+def test_a_detector_of_one_s_own_is_refined_saved_and_loaded(blocks, texture, tmp_path):
+    path = tmp_path / "blocks.model"
+    save_detector(path, blocks)
+    with pytest.raises(ModelError, match=r"holds a Blocks; .* classes=\(Blocks,\)"):
+        load_detector(path)
+    loaded = load_detector(path, classes=(Blocks,))
+    assert type(loaded) is Blocks
+    test = texture.test[1]
+    mask = np.asarray(refine(blocks, test.image, inpaint="harmonic").mask)
+    assert iou(mask, test.mask) > 0.3
+    np.testing.assert_array_equal(refine(loaded, test.image, inpaint="harmonic").mask, mask)
+    assert not np.asarray(refine(loaded, texture.train[split(10, 3)[1][0]]).mask).any()
