@@ -1,4 +1,4 @@
-"""The command ``f2pad``: demo, fit, refine, weights."""
+"""The command ``f2pad``: demo, fit, import, refine, weights."""
 
 import argparse
 import contextlib
@@ -66,8 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.set_defaults(run=_fit)
 
+    bring = commands.add_parser("import", help="bring a detector trained with anomalib 2.x, calibrated on good images")
+    bring.add_argument("checkpoint", type=Path, metavar="CKPT", help="the .ckpt file anomalib's engine saved")
+    bring.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images, best not trained on")
+    bring.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
+    bring.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of images (default: as the file says)")
+    bring.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    bring.set_defaults(run=_import)
+
     refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
-    refine.add_argument("model", type=Path, metavar="MODEL", help="model file written by 'f2pad fit'")
+    refine.add_argument("model", type=Path, metavar="MODEL", help="model file written by 'f2pad fit' or 'f2pad import'")
     refine.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders searched for images"
     )
@@ -129,18 +137,10 @@ def _demo_table(summary: dict) -> str:
 
 def _fit(arguments: argparse.Namespace) -> None:
     from f2pad_jax.backbones import find_network, load_backbone
-    from f2pad_jax.data.images import check_images, list_images, read_image
+    from f2pad_jax.data.images import read_image
     from f2pad_jax.models import save_detector
 
-    if not arguments.normal.is_dir():
-        raise ImageError(f"{arguments.normal}: no such folder")
-    if arguments.out.is_dir():
-        raise ImageError(f"{arguments.out}: is a folder; --out names the model file to write")
-    paths = [path for path, _ in list_images([arguments.normal])]
-    check_images(paths)
-    _use_compilation_cache()
-    if arguments.seed < 0:
-        raise OptionError(f"--seed {arguments.seed} is negative")
+    paths = _normal_images(arguments)
     method = DETECTORS[arguments.method]
     options = _options(method, arguments.option)
     if "resume" in inspect.signature(method.fit).parameters:  # long work, which can be taken up where it was stopped
@@ -158,7 +158,39 @@ def _fit(arguments: argparse.Namespace) -> None:
             **options,
         )
     save_detector(arguments.out, detector)
-    print(f"{arguments.out}: {type(detector).__name__} {_summary(detector, len(paths))}")
+    print(f"{arguments.out}: {type(detector).__name__}, {_summary(detector, len(paths))}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.data.images import read_image
+    from f2pad_jax.models import save_detector
+
+    paths = _normal_images(arguments)
+    size = tuple(arguments.size) if arguments.size else None
+    with _progress() as progress:
+        images = (read_image(path) for path in paths)
+        detector = f2pad_jax.load_anomalib(arguments.checkpoint, images, size=size, seed=arguments.seed, progress=progress)
+    save_detector(arguments.out, detector)
+    print(
+        f"{arguments.out}: {type(detector).__name__} of anomalib's, {_summary(detector, len(paths))}; "
+        f"refine with --weights {arguments.checkpoint}"
+    )
+
+
+def _normal_images(arguments: argparse.Namespace) -> list[Path]:
+    """The images of the folder given, once they and the file to write have been looked at."""
+    from f2pad_jax.data.images import check_images, list_images
+
+    if arguments.seed < 0:
+        raise OptionError(f"--seed {arguments.seed} is negative")
+    if not arguments.normal.is_dir():
+        raise ImageError(f"{arguments.normal}: no such folder")
+    if arguments.out.is_dir():
+        raise ImageError(f"{arguments.out}: is a folder; --out names the model file to write")
+    paths = [path for path, _ in list_images([arguments.normal])]
+    check_images(paths)
+    _use_compilation_cache()
+    return paths
 
 
 def _options(method: type, pairs: Sequence[str]) -> dict:
@@ -186,7 +218,7 @@ def _options(method: type, pairs: Sequence[str]) -> dict:
 def _summary(detector, num_images: int) -> str:
     calibration = detector.calibrated
     return (
-        f"fitted on {num_images} images, {detector.backbone.name} {' '.join(detector.backbone.layers)}; "
+        f"{num_images} normal images, {detector.backbone.name} {' '.join(detector.backbone.layers)}; "
         f"{len(calibration.prior.means)} pixel components, threshold {float(calibration.threshold):.2f}"
     )
 

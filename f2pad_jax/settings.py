@@ -14,7 +14,7 @@ class Settings(eqx.Module):
     """Weight of the pixel prior. Paper: grid search per category."""
     alpha2: Scalar = 1e-4
     """Weight of total variation. Paper: 1e-4."""
-    sparsity: Scalar = 4.0
+    sparsity: Scalar = 5.0
     """β = sparsity · Σ excess scores of x / (l_a(x - n0) - l_a(0)); see :func:`f2pad_jax.objective.sparsity_weight`."""
     beta0: Scalar | None = None
     """If given, the paper's β = beta0 / Σm0 instead. Paper: grid search per category."""
@@ -50,7 +50,7 @@ class Settings(eqx.Module):
     """Steps between looks at the stopping rule and at the detector's candidates, static. Paper: 1."""
 
     # region and mask
-    dilation: int = eqx.field(static=True, default=8)
+    dilation: int = eqx.field(static=True, default=6)
     """Growth of m0, pixels, static. Paper: "simple morphological dilation"."""
     reach: int = eqx.field(static=True, default=8)
     """Positions within this many pixels of the region enter l_n, static. Paper: all affected."""

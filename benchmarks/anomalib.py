@@ -1,0 +1,185 @@
+"""Detectors that anomalib trains, read by this library: ``python benchmarks/anomalib.py FOLDER --weights FILE``.
+
+    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
+    pip install anomalib FrEIA
+    pip install -e .
+
+Torch and torchvision must come from one index: beside a CPU's torch, PyPI's torchvision, built for CUDA, stops with
+"operator torchvision::nms does not exist".
+
+Trains a small PaDiM, PatchCore and CFLOW with anomalib's own engine on a few of the normal images of FOLDER (MVTec's
+layout), reads the checkpoints it saves with :func:`f2pad_jax.load_anomalib`, and prints for each model, over a few test
+images, the largest difference of what it computes (distances, patch scores, log-likelihoods), relative to the largest of
+anomalib's values, and the correlation of the anomaly maps, each smoothed in its own way. FILE holds ResNet18's weights, as
+timm or torchvision has them, batch norm folded or not: neither program fetches any. Both see the same images: PNG files of
+FOLDER, resized here to the models' size. Exits with 1 if a difference exceeds 1e-3.
+"""
+
+import argparse
+import importlib.metadata
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.pop(0)  # this folder, where the name anomalib is this file's
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import Cflow, Padim, Patchcore
+from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
+from lightning.pytorch import seed_everything
+from PIL import Image
+
+import f2pad_jax
+from f2pad_jax.checkpoints import is_safetensors, read_safetensors
+from f2pad_jax.detectors.base import ORIGIN
+from f2pad_jax.detectors.patchcore import embed, nearest
+from f2pad_jax.torchfile import read_torch_file
+
+SIZE = (128, 160)
+NUM_TRAIN, NUM_NORMAL, NUM_TEST = 12, 4, 3
+TOLERANCE = 1e-3
+MODELS = {
+    "PaDiM": (Padim, {"layers": ["layer1", "layer2", "layer3"], "n_features": 50}),
+    "PatchCore": (Patchcore, {"layers": ["layer2", "layer3"], "coreset_sampling_ratio": 0.05}),
+    "CFLOW": (Cflow, {"layers": ["layer2", "layer3"], "coupling_blocks": 2, "condition_vector": 64}),
+}
+MEASURES = {"PaDiM": "distances", "PatchCore": "patch scores", "CFLOW": "log-likelihoods"}
+
+
+def copy_images(folder: Path, to: Path) -> list[Path]:
+    """A few images at the models' size, in MVTec's layout; returns those of the test."""
+    defect = min(path.name for path in (folder / "test").iterdir() if path.name != "good")
+    written: dict[str, list[Path]] = {}
+    for part, count in (("train/good", NUM_TRAIN), ("test/good", NUM_NORMAL), (f"test/{defect}", NUM_TEST)):
+        (to / part).mkdir(parents=True)
+        for path in sorted((folder / part).glob("*.png"))[:count]:
+            Image.open(path).convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR).save(to / part / path.name)
+            written.setdefault(part, []).append(to / part / path.name)
+    return [*written["test/good"][:1], *written[f"test/{defect}"]]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def give_weights(model: torch.nn.Module, path: Path) -> None:
+    """Put a file's weights into the model's ResNet18; what timm has left out of it is left out."""
+    tensors = read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path)
+    network = (model.feature_extractor if hasattr(model, "feature_extractor") else model.encoder).feature_extractor
+    missing = network.load_state_dict(
+        {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, strict=False
+    ).missing_keys
+    used = ("conv1", "bn1", "layer1", "layer2", "layer3")
+    if absent := [name for name in missing if name.startswith(used) and not name.endswith("num_batches_tracked")]:
+        sys.exit(f"{path}: holds no '{absent[0]}'")
+
+
+def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.Module, Path]:
+    """A model anomalib has trained, and the checkpoint its engine saved."""
+    seed_everything(0, verbose=False)
+    cls, options = MODELS[name]
+    model = cls(backbone="resnet18", pre_trained=False, pre_processor=cls.configure_pre_processor(SIZE), **options)
+    give_weights(model.model, weights)
+    defect = min(path.name for path in (data / "test").iterdir() if path.name != "good")
+    images = Folder(
+        name="images",
+        root=data,
+        normal_dir="train/good",
+        abnormal_dir=f"test/{defect}",
+        normal_test_dir="test/good",
+        train_batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    epochs = {"max_epochs": 1} if name == "CFLOW" else {}
+    engine = Engine(accelerator="cpu", devices=1, default_root_dir=folder / name, **silent, **epochs)
+    engine.fit(model, datamodule=images)
+    return model.eval(), Path(engine.trainer.checkpoint_callback.best_model_path)
+
+
+def anomalibs(model: torch.nn.Module, image: torch.Tensor) -> Iterator[np.ndarray]:
+    """What a trained model computes for an image at each position, from each map it does it on."""
+    core = model.model
+    if hasattr(core, "decoders"):
+        for k, m in enumerate(core.encoder(image).values()):
+            c, h, w = m.shape[1:]
+            where = positional_encoding_2d(core.condition_vector, h, w).flatten(1).T
+            z, log_determinant = core.decoders[k].eval()(m[0].flatten(1).T, [where])
+            yield (get_logp(c, z, log_determinant) / c).reshape(h, w).numpy()
+        return
+    maps = core.feature_extractor(image)
+    if hasattr(core, "feature_pooler"):
+        embedding = core.generate_embedding({layer: core.feature_pooler(m) for layer, m in maps.items()})
+        yield core.nearest_neighbors(core.reshape_embedding(embedding), 1)[0].reshape(embedding.shape[2:]).numpy()
+    else:
+        embedding, statistics = core.generate_embedding(maps), [core.gaussian.mean, core.gaussian.inv_covariance]
+        yield core.anomaly_map_generator.compute_distance(embedding, statistics)[0, 0].numpy()
+
+
+@jax.jit
+def ours(detector: f2pad_jax.AbstractDetector, image: jax.Array) -> tuple[jax.Array, ...]:
+    """The same of a detector read from the checkpoint."""
+    match detector:
+        case f2pad_jax.CFlow():
+            return detector.log_likelihoods(image, detector.locate(image, ORIGIN))
+        case f2pad_jax.PatchCore():
+            rows = embed(detector.backbone, image)
+            distances, _ = nearest(rows.reshape(-1, rows.shape[-1]), detector.memory_bank, 1)
+            return (jnp.sqrt(distances).reshape(rows.shape[:2]),)
+    return tuple(jnp.sqrt(s) for s in detector.raw_scores(image, detector.locate(image, ORIGIN)))
+
+
+def compare(name: str, data: Path, test: list[Path], weights: Path, folder: Path) -> float:
+    """Train, read and print; returns the relative difference."""
+    model, path = train(name, data, weights, folder)
+    detector = f2pad_jax.load_anomalib(path, map(pixels, sorted((data / "test/good").glob("*.png"))))
+    anomaly_map = jax.jit(lambda detector, image: detector.anomaly_map(image))
+    pairs, found, expected = [], [], []
+    with torch.no_grad():
+        for file in test:
+            raw = torch.from_numpy(np.array(pixels(file).transpose(2, 0, 1)))[None] / 255
+            image = model.pre_processor.transform(raw)
+            channels_last = jnp.asarray(image[0].permute(1, 2, 0).numpy())
+            pairs += list(zip(anomalibs(model, image), ours(detector, channels_last), strict=True))
+            expected.append(np.ravel(model.model(image).anomaly_map.numpy()))
+            found.append(np.ravel(anomaly_map(detector, channels_last)))
+    difference = max(float(np.abs(a - np.asarray(b)).max()) for a, b in pairs)
+    worst = difference / max(float(np.abs(a).max()) for a, _ in pairs)
+    correlation = np.corrcoef(np.concatenate(found), np.concatenate(expected))[0, 1]
+    print(
+        f"{name:10} {MEASURES[name]:16} differ by {worst:.1e} of their peak; maps correlate by {correlation:.4f}",
+        flush=True,
+    )
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    versions = (
+        f"{package} {importlib.metadata.version(package)}" for package in ("anomalib", "torch", "timm", "FrEIA", "jax")
+    )
+    print(", ".join(versions), f"; images of {SIZE[0]}x{SIZE[1]}", sep="", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / "data"
+        test = copy_images(arguments.folder, data)
+        worst = [compare(name, data, test, arguments.weights, Path(temporary)) for name in MODELS]
+    return int(max(worst) > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
