@@ -1,8 +1,9 @@
 """PaDiM with few directions per position: ``python benchmarks/padim_rank.py FOLDER --weights FILE`` (MVTec layout).
 
-For ResNet18, every rank and the full covariance: pixel AUROC, average precision and F1 at its best threshold on the folder's test
-images, size of the statistics, and ms for the gradient of the summed scores in the image, inside a loop as the solver calls
-it, at 224x224 and in a 112x112 window. The bare network's gradient (of the summed features) is the last line.
+For ResNet18, every rank and the full covariance: pixel AUROC, average precision and F1 at its best threshold on the
+folder's test images, size of the statistics, and ms for the gradient of the summed scores in the image, inside a loop as
+the solver calls it, at 224x224 and in a 112x112 window. The bare network's gradient (of the summed features) is the last
+line.
 """
 
 import argparse

@@ -27,6 +27,10 @@ from f2pad_jax.errors import CheckpointError
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
+_MAX_TUPLES = 30_000
+"""A tensor takes four or five."""
+_MAX_CLASSES = 1000
+
 _STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
@@ -152,13 +156,16 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage], strict: bool):
         super().__init__(file, encoding="utf-8")
         self.storages, self.strict = storages, strict
+        self.foreign: dict[tuple[str, str], type[Foreign]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _NAMES[module, name]
         except KeyError:
             if not self.strict:
-                return type(name, (Foreign,), {})
+                if len(self.foreign) > _MAX_CLASSES:
+                    raise pickle.UnpicklingError(f"it asks for over {_MAX_CLASSES} classes; nothing was run") from None
+                return self.foreign.setdefault((module, name), type(name, (Foreign,), {}))
             asked = _quoted(f"{module}.{name}")
             raise pickle.UnpicklingError(f"it asks for {asked}, which is no tensor; nothing was run") from None
 
@@ -178,10 +185,13 @@ class _Unpickler(pickle.Unpickler):
 
 def _load(file: io.BytesIO | mmap.mmap, storages: dict[str, _Storage], strict: bool = True) -> Any:
     """The next pickle of ``file``, once every opcode has been looked at."""
-    start = file.tell()
+    start, tuples = file.tell(), 0
     for opcode, argument, position in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
         if opcode.name in ("EXT1", "EXT2", "EXT4"):  # these can fetch an object without asking find_class
             raise pickle.UnpicklingError(f"it uses {opcode.name}, which no tensor needs; nothing was run")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > _MAX_TUPLES:  # one inside the other, they would overflow the stack
+            raise pickle.UnpicklingError(f"it holds over {_MAX_TUPLES} tuples; nothing was run")
         # the memo would take memory up to this number
         if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (position or 0):
             raise pickle.UnpicklingError("its memo is malformed")
@@ -200,7 +210,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     return _read(path, strict=True)[0]
 
 
-def read_training_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_training_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[Any, Any]]:
     """The tensors of a Lightning ``.ckpt`` file, and whatever else it holds in plain dictionaries, lists and values.
 
     Objects of any class come back as :class:`Foreign` dictionaries of their attributes.
@@ -214,7 +224,7 @@ def read_training_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], d
     return tensors, {key: value for key, value in root.items() if key != "state_dict"}
 
 
-def _read(path: str | Path, *, strict: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: str | Path, *, strict: bool) -> tuple[dict[str, np.ndarray], dict[Any, Any]]:
     path = Path(path)
     storages: dict[str, _Storage] = {}
     try:

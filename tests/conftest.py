@@ -1,9 +1,14 @@
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.ndimage
 
-from f2pad_jax import load_backbone
+from f2pad_jax import Calibration, PixelPrior, load_backbone
+from f2pad_jax.units import MEAN, STD
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +23,22 @@ def shared():
 @pytest.fixture(scope="session")
 def backbone():
     return load_backbone("efficientnet-lite0")
+
+
+def smooth_image(seed, size=64):
+    """Something with structure at every scale, in 0..1."""
+    noise = np.random.default_rng(seed).standard_normal((size, size, 3))
+    layers = [s * scipy.ndimage.gaussian_filter(noise, (s, s, 0)) for s in (1, 4, 12)]
+    return np.clip(0.5 + 0.15 * sum(layers), 0, 1).astype(np.float32)
+
+
+@jax.jit
+def maps_of(backbone, image):
+    """The network's maps of an image in normalised intensity."""
+    return backbone(backbone.normalise(image * STD + MEAN))
+
+
+def calibration(scale=1.0, *, ordinary=1.0, threshold=2.0, prior=None):
+    """With a single Gaussian of pixel values, where no prior is given."""
+    prior = prior or PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
+    return Calibration(jnp.asarray(scale), jnp.asarray(ordinary), jnp.asarray(threshold), prior)

@@ -523,7 +523,7 @@ def input_size(write):
     def input_size(steps, **options):
         path = write(OrderedDict(w=torch.zeros(1)), steps=steps, **options)
         rest = read_training_checkpoint(path)[1]
-        return anomalib._input_size(path, rest["hyper_parameters"], rest)
+        return anomalib._input_size(rest["hyper_parameters"], rest)
 
     return input_size
 
@@ -567,7 +567,7 @@ def test_without_a_transform_the_size_is_256(input_size, given):
 def test_a_pre_processor_without_counterpart_is_refused(input_size, step, message, old):
     with pytest.raises(CheckpointError, match=message) as caught:
         input_size([resize(96, 96), step], old=old)
-    assert "model.ckpt: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @either
@@ -636,7 +636,7 @@ def test_a_model_without_its_network_is_refused(refusal):
 
 
 def test_an_unknown_layer_is_named(refusal):
-    assert "taps resnet18's 'layer7', which is none of layer1, " in refusal(
+    assert "taps ['layer1', 'layer7'] of resnet18, which are not some of layer1, " in refusal(
         patchcore(), {**PARAMETERS, "layers": ["layer1", "layer7"]}
     )
 

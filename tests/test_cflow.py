@@ -11,6 +11,7 @@ import optax
 import pytest
 import scipy.ndimage
 import scipy.stats
+from conftest import maps_of, smooth_image
 from flax import nnx
 
 from f2pad_jax import CFlow, CheckpointError
@@ -27,7 +28,6 @@ from f2pad_jax.detectors.cflow import (
     rotated,
     train,
 )
-from f2pad_jax.units import MEAN, STD
 
 SIZE = 64
 SIDES = (16, 8)
@@ -38,13 +38,6 @@ CORNER = jnp.zeros(2, jnp.int32)
 
 flow_jit = jax.jit(Flow.__call__)
 log_likelihood = jax.jit(Flow.log_likelihood)
-
-
-def smooth_image(seed, size=SIZE):
-    """Something with structure at every scale, in 0..1."""
-    noise = np.random.default_rng(seed).standard_normal((size, size, 3))
-    layers = [s * scipy.ndimage.gaussian_filter(noise, (s, s, 0)) for s in (1, 4, 12)]
-    return np.clip(0.5 + 0.15 * sum(layers), 0, 1).astype(np.float32)
 
 
 def initial_flow(seed, channels, num_blocks):
@@ -349,12 +342,6 @@ def detector(normals, shallow, stages):
         stages.append(told)
 
     return CFlow.fit(normals, shallow, seed=5, progress=progress, learning_rate=3e-2, **OPTIONS)
-
-
-@jax.jit
-def maps_of(backbone, image):
-    """The network's maps of an image in normalised intensity."""
-    return backbone(backbone.normalise(image * STD + MEAN))
 
 
 def encodings(size=(SIZE, SIZE)):

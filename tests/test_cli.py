@@ -110,7 +110,7 @@ def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
     model = tmp_path / "x.model"
     fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage1", "stage2"]
     assert main([*fit, "--method", "padim", "--option", "rank=3", "num_channels=10"]) == 0
-    assert "x.model: PaDiM fitted on 4 images, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
+    assert "x.model: PaDiM, 4 normal images, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
     detector = load_detector(model)
     assert type(detector) is PaDiM and detector.precision.basis.shape == (32, 32, 3, 10)
 
@@ -129,13 +129,20 @@ def test_a_flow_leaves_nothing_but_the_model(flat_folder, tmp_path):
     [
         ("padim", "rnk=3", "PaDiM has no option 'rnk'; it has num_channels, rank"),
         ("padim", "max_bank=3", "PaDiM has no option 'max_bank'"),
-        ("padim", "rank=three", "option rank: 'three' is no such number"),
-        ("padim", "rank", "option rank: '' is no such number"),
-        ("padim", "num_channels=2.5", "option num_channels: '2.5' is no such number as 100"),
-        ("padim", "rank=0", "rank 0 is not between 1 and"),
-        ("patchcore", "max_bank=[3]", "option max_bank: '[3]' is no such number as 4096"),
+        ("padim", "rank=three", "option rank: 'three' is no number"),
+        ("padim", "rank", "option rank: '' is no number"),
+        ("padim", "num_channels=2.5", "option num_channels: '2.5' is no whole number"),
+        ("padim", "rank=0", "option rank: '0' is no whole number of at least 1"),
+        ("patchcore", "max_bank=[3]", "option max_bank: '[3]' is no number"),
         ("cflow", "resume=here", "CFlow has no option 'resume'"),
-        ("cflow", "learning_rate=fast", "option learning_rate: 'fast' is no such number as 0.0002"),
+        ("cflow", "learning_rate=fast", "option learning_rate: 'fast' is no number"),
+        ("padim", "rank=2.5", "'2.5' is no whole number"),
+        ("padim", "rank=true", "'true' is no number"),
+        ("padim", "rank=1000", "rank 1000 is not between 1 and"),
+        ("patchcore", "max_bank=0", "'0' is no whole number"),
+        ("patchcore", "max_bank=Infinity", "'Infinity' is no number"),
+        ("cflow", "learning_rate=NaN", "'NaN' is no number"),
+        ("cflow", "batch_size=-3", "'-3' is no number"),
     ],
 )
 def test_bad_options_are_refused(method, pair, said, flat_folder, tmp_path, capsys):

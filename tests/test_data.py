@@ -6,10 +6,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.ndimage
+import scipy.stats
 import skimage
 
 from f2pad_jax import ImageError
-from f2pad_jax.data.cutpaste import FAR, irregular_shape, paste_flat
+from f2pad_jax.data.cutpaste import FAR, irregular_shape, paste_flat, paste_noise, paste_stain, paste_tint
 from f2pad_jax.data.images import SUFFIXES, check_images, list_images, read_image, write_png
 from f2pad_jax.data.textures import NAMES, load_texture
 from f2pad_jax.units import HIGHEST, LOWEST, STD, denormalise, normalise, resized, to_unit
@@ -92,6 +93,95 @@ def test_pasting_takes_the_farthest_colour_when_none_is_far_enough():
     distances = [np.linalg.norm((colour - grid) / STD, axis=-1).min() for colour in colours]
     assert max(distances) < FAR
     np.testing.assert_array_equal(image[0, 0], colours[np.argmax(distances)])
+
+
+FAINT = pytest.mark.parametrize("paste", [paste_tint, paste_stain, paste_noise])
+SOFT = 4
+"""Pixels the soft edge of a stain or of noise reaches beyond the mask, and into it."""
+
+
+def grown(mask, paste):
+    """Where a defect may change pixels."""
+    return mask if paste is paste_tint else scipy.ndimage.binary_dilation(mask, np.ones((2 * SOFT + 1, 2 * SOFT + 1)))
+
+
+@FAINT
+@pytest.mark.parametrize("levels", [(0.2, 0.6), (0.0, 1.0)], ids=["middling", "all levels"])
+def test_fainter_defects_stay_in_their_mask_and_in_range(paste, levels):
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        normal = rng.uniform(*levels, (48, 64, 3)).astype(np.float32)
+        normal[20:24, 20:24], normal[24:28, 20:24] = levels
+        mask = irregular_shape(np.random.default_rng(seed), (48, 64))
+        kept, kept_mask = normal.copy(), mask.copy()
+        image, found = paste(np.random.default_rng(seed), normal, mask)
+        np.testing.assert_array_equal(found, kept_mask)
+        np.testing.assert_array_equal(mask, kept_mask)
+        np.testing.assert_array_equal(normal, kept)
+        assert image.shape == normal.shape and image.dtype == np.float32
+        outside = ~grown(mask, paste)
+        np.testing.assert_array_equal(image[outside], normal[outside])
+        assert image.min() >= 0 and image.max() <= 1
+        assert np.mean(np.any(image != normal, axis=-1)[mask]) > 0.5  # black stays black
+
+
+@FAINT
+def test_fainter_defects_are_reproducible_by_their_seed(paste):
+    normal = np.random.default_rng(0).uniform(0.2, 0.6, (48, 64, 3)).astype(np.float32)
+    mask = irregular_shape(np.random.default_rng(1), (48, 64))
+    one, same, other = (paste(np.random.default_rng(seed), normal, mask).image for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one[mask], other[mask])
+
+
+def test_tints_are_one_far_colour_at_an_opacity_of_a_tenth_to_one_equally_often_in_every_octave():
+    """What is left of the differences between pixels tells the opacity."""
+    normal = np.random.default_rng(0).uniform(0.3, 0.5, (32, 32, 3)).astype(np.float32)
+    mask = irregular_shape(np.random.default_rng(0), (32, 32), area=(0.2, 0.2))
+    before = normal[mask].astype(np.float64)
+    opacities, rng = [], np.random.default_rng(1)
+    for _ in range(300):
+        after = paste_tint(rng, normal, mask).image[mask].astype(np.float64)
+        spread = before - before.mean(axis=0)
+        opacities.append(1 - np.sum(spread * (after - after.mean(axis=0))) / np.sum(spread**2))
+        colours = before + (after - before) / opacities[-1]
+        np.testing.assert_allclose(colours, np.broadcast_to(colours.mean(axis=0), colours.shape), atol=1e-5)
+        assert np.linalg.norm((colours - before) / STD, axis=-1).min() >= FAR - 1e-4
+        assert colours.min() >= -1e-5 and colours.max() <= 1 + 1e-5
+    assert 0.1 - 1e-5 <= min(opacities) < 0.12 and 0.9 < max(opacities) <= 1 + 1e-5
+    assert scipy.stats.kstest(np.log(opacities) / np.log(10) + 1, "uniform").pvalue > 0.01
+
+
+def test_stains_multiply_each_channel_by_a_factor_which_a_soft_edge_fades_in():
+    normal = np.random.default_rng(0).uniform(0.2, 0.5, (48, 48, 3)).astype(np.float32)
+    mask = np.zeros((48, 48), bool)
+    mask[12:36, 14:40] = True
+    deep = scipy.ndimage.binary_erosion(mask, np.ones((2 * SOFT + 1, 2 * SOFT + 1)))
+    factors = []
+    for seed in range(200):
+        image, _ = paste_stain(np.random.default_rng(seed), normal, mask)
+        change = image / normal
+        factors.append(np.median(change[deep], axis=0))
+        np.testing.assert_allclose(change[deep], np.broadcast_to(factors[-1], change[deep].shape), rtol=1e-5)
+        share = (change - 1) / (factors[-1] - 1)  # of the change that is there already
+        if np.abs(factors[-1] - 1).min() > 0.05:
+            rows, columns = (scipy.ndimage.gaussian_filter1d(mask.any(axis).astype(float), 1.0) for axis in (1, 0))
+            np.testing.assert_allclose(share, np.broadcast_to(np.outer(rows, columns)[..., None], share.shape), atol=1e-4)
+    low, high = np.exp(-0.6), np.exp(0.6)
+    assert low < np.min(factors) < 0.65 and 1.5 < np.max(factors) < high
+    assert np.mean(np.array(factors) < 1) == pytest.approx(0.5, abs=0.07)
+
+
+def test_noise_has_3_to_20_percent_of_the_range_and_is_smooth_over_half_a_pixel_to_four():
+    normal, everywhere = np.full((64, 64, 3), 0.5, np.float32), np.ones((64, 64), bool)
+    strengths, alike = [], []
+    for seed in range(60):
+        noise = paste_noise(np.random.default_rng(seed), normal, everywhere).image - 0.5
+        strengths.append(np.sqrt(np.mean(noise**2)))
+        alike.append(np.corrcoef(noise[:, 1:].ravel(), noise[:, :-1].ravel())[0, 1])
+        assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.5, "each channel has its own"
+    assert 0.03 - 1e-4 < min(strengths) < 0.05 and 0.17 < max(strengths) < 0.2 + 1e-4
+    assert 0.1 < min(alike) < 0.6 and 0.95 < max(alike) < 0.99  # exp(-1 / 4σ²), where σ is not small
 
 
 def place(photo, crop, compared):

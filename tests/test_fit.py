@@ -1,4 +1,5 @@
 import itertools
+import sys
 from dataclasses import replace
 from typing import ClassVar
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import calibration, smooth_image
 from scipy.spatial.distance import cdist
+from sklearn.metrics import precision_recall_curve
 
 from f2pad_jax import (
     AbstractDetector,
@@ -19,12 +22,14 @@ from f2pad_jax import (
     NormalImages,
     PaDiM,
     PatchCore,
+    calibrate,
     fit,
     load_backbone,
     load_detector,
     refine,
     save_detector,
 )
+from f2pad_jax.data.cutpaste import paste_noise, paste_stain, paste_tint
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import MAX_HELD_OUT, split
 from f2pad_jax.detectors.patchcore import embed
@@ -213,10 +218,147 @@ def test_the_threshold_lies_between_ordinary_and_defective_levels(name, texture,
         assert mask[test.mask].mean() > 2 * mask[~test.mask].mean()
 
 
-def test_the_coarse_mask_is_what_exceeds_the_threshold(blocks):
-    detector = replace(blocks, calibration=replace(blocks.calibration, threshold=jnp.float32(2.0)))
-    levels = jnp.asarray([[0.0, 2.0, 2.5], [2.1, 1.9, -1.0]])
-    np.testing.assert_array_equal(detector.coarse_mask(levels), [[False, False, True], [True, False, False]])
+class Colour(AbstractDetector):
+    """A user's own detector, without a backbone: how far each pixel is from one colour."""
+
+    backbone: Backbone | None
+    size: tuple[int, int] = eqx.field(static=True)
+    colour: jax.Array
+    calibration: Calibration | None = None
+
+    @classmethod
+    def fit(cls, images, backbone, *, seed=0, progress=None):
+        return cls(backbone, images.size, jnp.mean(jnp.stack([*images]), axis=(0, 1, 2)))
+
+    def raw_scores(self, image, where):
+        return (jnp.sum((image - self.colour) ** 2, axis=-1),)
+
+    def anomaly_map(self, image):
+        return self.scores(image, None)[0]
+
+
+def coarse_oracle(anomaly_map, calibration):
+    """Above the threshold, and above the middle between the ordinary level and the map's maximum."""
+    middle = (float(calibration.ordinary) + float(anomaly_map.max())) / 2
+    return (anomaly_map > float(calibration.threshold)) & (anomaly_map > middle)
+
+
+@pytest.fixture(scope="module")
+def thirds():
+    """A detector that tells 3 from what is ordinary, which is 1."""
+    return Colour(None, (32, 32), jnp.zeros(3), calibration(ordinary=1.0, threshold=3.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("peak", [0.5, 2.9, 3.1, 4.9, 5.1, 20.0, 500.0])
+def test_the_coarse_mask_is_above_the_threshold_and_half_way_from_the_ordinary_level(thirds, peak, seed):
+    levels = smooth_image(seed, 32)[..., 0]
+    levels = peak * levels / levels.max()
+    mask = np.asarray(jax.jit(Colour.coarse_mask)(thirds, jnp.asarray(levels)))
+    np.testing.assert_array_equal(mask, coarse_oracle(levels, thirds.calibration))
+    assert mask.any() == (peak > 3)
+
+
+def test_of_a_faint_map_the_threshold_alone_decides(thirds):
+    levels = jnp.asarray([[1.0, 3.0, 3.1], [4.9, 2.9, -1.0]])
+    np.testing.assert_array_equal(thirds.coarse_mask(levels), [[False, False, True], [True, False, False]])
+
+
+def test_of_a_glaring_map_half_the_height_decides(thirds):
+    levels = jnp.asarray([[1.0, 20.0, 10.4], [10.6, 3.1, -1.0]])
+    np.testing.assert_array_equal(thirds.coarse_mask(levels), [[False, True, False], [True, False, False]])
+
+
+def test_nothing_is_masked_below_the_threshold_wherever_the_ordinary_level_is(thirds):
+    detector = replace(thirds, calibration=calibration(ordinary=5.0, threshold=3.0))
+    assert not np.asarray(detector.coarse_mask(jnp.full((4, 4), 2.0))).any()
+
+
+@pytest.fixture(scope="module")
+def normals():
+    """Five normal images of little contrast, of which the last two are held out."""
+    return NormalImages([0.4 + 0.2 * smooth_image(seed, 32) for seed in range(5)], (32, 32))
+
+
+@pytest.fixture(scope="module")
+def pasted():
+    """The synthetic defects that were made for :func:`calibrated`, and what by."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def calibrated(normals, pasted):
+    """A detector calibrated on two images, with a watch on what is pasted on them."""
+    with pytest.MonkeyPatch.context() as watch:
+        module = sys.modules["f2pad_jax.detectors.fit"]
+        for paste in (paste_tint, paste_stain, paste_noise):
+
+            def watched(rng, normal, mask, paste=paste):
+                pasted.append((paste.__name__, normal, paste(rng, normal, mask)))
+                return pasted[-1][-1]
+
+            watch.setattr(module, paste.__name__, watched)
+        detector = Colour.fit(normals.subset([0, 1, 2]), None)
+        return calibrate(detector, normals.subset([3, 4]), others=normals.subset([0, 1, 2]), num_components=1)
+
+
+def distances(images, normals):
+    """Squared distance of each pixel to the mean colour of the first three images, of images in 0..1."""
+    colour = np.mean([(normals.pixels(i) / 65535 - MEAN) / STD for i in range(3)], axis=(0, 1, 2))
+    return np.sum(((np.asarray(images) - MEAN) / STD - colour) ** 2, axis=-1)
+
+
+def test_scale_and_ordinary_level_are_those_of_the_images_held_out(calibrated, normals):
+    raw = distances([normals.pixels(i) / 65535 for i in (3, 4)], normals)
+    assert float(calibrated.calibration.scale) == pytest.approx(raw.mean(), rel=1e-5)
+    assert float(calibrated.calibration.ordinary) == pytest.approx(1.0, rel=1e-5)  # a map of scores over their mean
+
+
+def test_the_ordinary_level_is_the_mean_level_of_the_maps(normals):
+    """... whatever maps have to do with scores."""
+
+    class Sharper(Colour):
+        def anomaly_map(self, image):
+            return self.scores(image, None)[0] ** 2
+
+    found = calibrate(Sharper.fit(normals.subset([0, 1, 2]), None), normals.subset([3, 4]), num_components=1).calibration
+    raw = distances([normals.pixels(i) / 65535 for i in (3, 4)], normals)
+    assert float(found.ordinary) == pytest.approx(np.mean((raw / raw.mean()) ** 2), rel=1e-4)
+
+
+def test_synthetic_defects_of_each_kind_are_pasted_on_every_image_held_out(calibrated, normals, pasted):
+    units = [normals.pixels(i) / 65535 for i in (3, 4)]
+    counts = {}
+    for name, normal, _ in pasted:
+        (i,) = [i for i, unit in enumerate(units) if np.allclose(unit, normal, atol=1e-5)]
+        counts[name, i] = counts.get((name, i), 0) + 1
+    assert counts == {(name, i): 12 for name in ("paste_tint", "paste_stain", "paste_noise") for i in (0, 1)}
+
+
+def test_the_threshold_is_that_of_best_f1_of_the_coarse_masks(calibrated, normals, pasted):
+    """Every defective image counts as much as the normal one it was made of."""
+    found = calibrated.calibration
+    images = [image for _, normal, defective in pasted for image in (normal, defective.image)]
+    truth = np.stack([mask for *_, defective in pasted for mask in (np.zeros((32, 32), bool), defective.mask)])
+    maps = distances(images, normals) / float(found.scale)
+    middles = (float(found.ordinary) + maps.max(axis=(1, 2), keepdims=True)) / 2
+    precision, recall, _ = precision_recall_curve(truth.ravel(), np.where(maps > middles, maps, -1).ravel())
+    # the first point has the lower halves in it, which no threshold reaches
+    best = np.max((2 * precision * recall / np.maximum(precision + recall, 1e-9))[1:])
+    masks = np.stack([coarse_oracle(m, found) for m in maps])
+    f1 = 2 * np.sum(masks & truth) / (np.sum(masks) + np.sum(truth))
+    assert f1 == pytest.approx(best, rel=1e-4) and 0.2 < f1 < 0.9
+    for other in (0.7, 0.9, 1.1, 1.4):
+        masks = np.stack([coarse_oracle(m, replace(found, threshold=other * found.threshold)) for m in maps])
+        assert 2 * np.sum(masks & truth) / (np.sum(masks) + np.sum(truth)) < f1
+
+
+def test_calibration_is_reproducible_by_its_seed_and_replaces_the_one_before(calibrated, normals):
+    parts = {"others": normals.subset([0, 1, 2]), "num_components": 1}
+    again, other = (calibrate(calibrated, normals.subset([3, 4]), seed=seed, **parts).calibration for seed in (0, 1))
+    for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(calibrated.calibration), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert other.threshold != again.threshold and other.scale == again.scale and other.ordinary == again.ordinary
 
 
 def test_scores_are_raw_over_the_scale_and_raw_before_calibration(blocks, texture):
@@ -394,6 +536,30 @@ def test_a_detector_of_one_s_own_is_refined_saved_and_loaded(blocks, texture, tm
     assert type(loaded) is Blocks
     test = texture.test[1]
     mask = np.asarray(refine(blocks, test.image, inpaint="harmonic").mask)
-    assert iou(mask, test.mask) > 0.3
+    assert iou(mask, test.mask) > 0.25  # colours of blocks, at 64 pixels: what is shown is that it works
     np.testing.assert_array_equal(refine(loaded, test.image, inpaint="harmonic").mask, mask)
     assert not np.asarray(refine(loaded, texture.train[split(10, 3)[1][0]]).mask).any()
+
+
+def test_a_batch_among_the_images_is_refused(texture, stage4):
+    for batch in (np.stack(texture.train[:2]), np.zeros((*SIZE, 10, 3), np.uint8)):
+        with pytest.raises(ImageError, match="one of the images has shape"):
+            fit(Blocks, [*texture.train[:3], batch], stage4, **QUICK)
+
+
+def test_one_image_in_place_of_a_list_is_refused(texture, stage4):
+    with pytest.raises(ImageError, match="takes a list of images"):
+        fit(Blocks, texture.train[0], stage4, **QUICK)
+
+
+@pytest.mark.parametrize("side", [32, 64, 300])
+def test_nan_pixels_are_refused_at_any_size(side, texture, stage4):
+    image = np.full((side, side, 3), 0.5, np.float32)
+    image[side // 2, 3, 1] = np.nan
+    with pytest.raises(ImageError, match="finite"):
+        fit(Blocks, [*texture.train[:3], image], stage4, **QUICK)
+
+
+def test_a_detector_without_exemplars_and_positions_is_refined(squared, texture):
+    assert squared.calibration.normals is None
+    assert refine(squared, texture.test[1].image, inpaint="harmonic").mask.any()

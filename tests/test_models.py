@@ -68,7 +68,7 @@ def calibration(images):
     rng = np.random.default_rng(1)
     prior = PixelPrior(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3), (2, 3, 3))))
     normals = jnp.asarray(rng.integers(0, 256, (2, *SIZE, 3), np.uint8))
-    return Calibration(*map(jnp.float32, (0.1, np.inf)), prior, normals)
+    return Calibration(*map(jnp.float32, (0.1, 1.2, np.inf)), prior, normals)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.spatial.distance
+from conftest import calibration
 
 from f2pad_jax import AbstractDetector, Backbone, Calibration, PixelPrior, Problem, Settings, fit_prior
 from f2pad_jax.objective import feature_loss, log_penalty, norm, pixel_prior_loss, sparsity_weight, total_variation
@@ -62,8 +63,7 @@ def prior(rng, covariances):
 @pytest.fixture
 def detector(rng, prior):
     projection, centre = rng.standard_normal((3, 5)), rng.standard_normal(5)
-    calibration = Calibration(jnp.asarray(1.5), jnp.asarray(2.0), prior)
-    return LinearDetector(jnp.asarray(projection), jnp.asarray(centre), calibration)
+    return LinearDetector(jnp.asarray(projection), jnp.asarray(centre), calibration(1.5, prior=prior))
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_sparsity_weight_is_proportional_to_its_setting(problem, n0):
 
 
 def test_sparsity_weight_is_finite_when_the_first_guess_is_the_input(problem, x):
-    assert beta(problem, x) == pytest.approx(4.0 * evidence(problem))
+    assert beta(problem, x) == pytest.approx(Settings().sparsity * evidence(problem))
 
 
 def test_papers_rule_is_beta0_over_the_coarse_area(problem, x, n0):

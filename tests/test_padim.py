@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from conftest import calibration, maps_of, smooth_image
 from sklearn.covariance import EmpiricalCovariance
 
-from f2pad_jax import PaDiM, PixelPrior
+from f2pad_jax import PaDiM
 from f2pad_jax.detectors import padim
-from f2pad_jax.detectors.base import Calibration, NormalImages
+from f2pad_jax.detectors.base import NormalImages
 from f2pad_jax.detectors.padim import Full, LowRank
 from f2pad_jax.errors import OptionError
-from f2pad_jax.units import MEAN, STD
 
 SIZE, SIDE = 64, 16
 COUNTS = (24, 40)
@@ -25,19 +25,6 @@ CORNER = jnp.zeros(2, jnp.int32)
 RTOL = 1e-4  # of squared distances: single precision, amplified by ill-conditioned covariances
 
 anomaly_map = jax.jit(PaDiM.anomaly_map)
-
-
-def smooth_image(seed):
-    """Something with structure at every scale, in 0..1."""
-    noise = np.random.default_rng(seed).standard_normal((SIZE, SIZE, 3))
-    layers = [s * scipy.ndimage.gaussian_filter(noise, (s, s, 0)) for s in (1, 4, 12)]
-    return np.clip(0.5 + 0.15 * sum(layers), 0, 1).astype(np.float32)
-
-
-@jax.jit
-def maps_of(backbone, image):
-    """The network's maps of an image in normalised intensity."""
-    return backbone(backbone.normalise(image * STD + MEAN))
 
 
 def embedding(maps, channels):
@@ -285,9 +272,7 @@ def test_window_scores_are_distances_to_the_statistics_there(shallow, detector, 
 
 
 def test_scores_are_raw_scores_over_the_scale(detector, test_image):
-    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
-    infinite = jnp.float32(jnp.inf)
-    calibrated = replace(detector, calibration=Calibration(jnp.float32(3.0), infinite, infinite, prior))
+    calibrated = replace(detector, calibration=calibration(3.0))
     where = locate(calibrated, test_image, CORNER)
     (found,) = jax.jit(PaDiM.scores)(calibrated, test_image, where)
     np.testing.assert_allclose(found, whole_scores(detector, test_image) / 3, rtol=1e-5)

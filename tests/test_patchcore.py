@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from conftest import calibration, maps_of, smooth_image
 
-from f2pad_jax import Calibration, NormalImages, PatchCore, PixelPrior
+from f2pad_jax import NormalImages, PatchCore
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.detectors.patchcore import BLOCK, Candidates, coreset, embed, nearest
-from f2pad_jax.units import MEAN, STD
+from f2pad_jax.units import MEAN, STD, normalise
 
 SIZE, SIDE, CHANNELS = 64, 32, 80
 POSITIONS = SIDE * SIDE
@@ -39,13 +40,6 @@ def bilinear(image, size):
     return image
 
 
-def smooth_image(seed):
-    """Something with structure at every scale, in normalised intensity."""
-    noise = np.random.default_rng(seed).standard_normal((SIZE, SIZE, 3))
-    layers = [s * scipy.ndimage.gaussian_filter(noise, (s, s, 0)) for s in (1, 4, 12)]
-    return ((np.clip(0.5 + 0.15 * sum(layers), 0, 1) - MEAN) / STD).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def shallow(backbone):
     """The first three stages, which compile faster than the default layers."""
@@ -54,14 +48,14 @@ def shallow(backbone):
 
 @pytest.fixture(scope="module")
 def images():
-    return [jnp.asarray(smooth_image(seed)) for seed in range(3)]
+    return [normalise(smooth_image(seed)) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
 def extracted(shallow, images):
     """The maps of the network and their embedding, of each image."""
-    extract = jax.jit(lambda b, image: (b(b.normalise(image * STD + MEAN)), embed(b, image)))
-    return [extract(shallow, image) for image in images]
+    embedded = jax.jit(embed)
+    return [(maps_of(shallow, image), embedded(shallow, image)) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +74,6 @@ def detector(shallow, features):
         num_candidates=10,
         calibration=calibration(3.0),
     )
-
-
-def calibration(scale):
-    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
-    return Calibration(jnp.float32(scale), jnp.float32(2.0), prior)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import calibration
 
-from f2pad_jax import AbstractDetector, Backbone, Calibration, Outcome, PixelPrior, Problem, Settings, solve
+from f2pad_jax import AbstractDetector, Backbone, Calibration, Outcome, Problem, Settings, solve
 from f2pad_jax.solvers import Solver
 from f2pad_jax.units import HIGHEST, LOWEST
 
@@ -44,9 +45,7 @@ def double_precision():
 @pytest.fixture
 def problem():
     key = jax.random.key(0)
-    prior = PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
-    calibration = Calibration(jnp.asarray(0.25), jnp.asarray(2.0), prior)
-    detector = MeanColour(jnp.zeros(3), calibration)
+    detector = MeanColour(jnp.zeros(3), calibration(0.25))
     x = 0.2 * jax.random.normal(key, (24, 24, 3))
     x = x.at[8:14, 9:17].add(1.5)
     region = jnp.zeros((24, 24), bool).at[5:18, 6:20].set(True)

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from f2pad_jax.backbones import canonical_name, find_network, load_backbone
+from f2pad_jax.backbones import BACKBONES, canonical_name, load_backbone
 from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress
 from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
 from f2pad_jax.detectors.fit import calibrate
@@ -18,6 +19,7 @@ from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import CheckpointError, ImageError
 from f2pad_jax.torchfile import read_training_checkpoint
 
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError, np.linalg.LinAlgError)
 DEFAULT_SIZE = (256, 256)
 """What anomalib resizes to where its checkpoint does not say (before 2.7, unless a pre-processor was given)."""
 
@@ -55,15 +57,20 @@ def load_anomalib(
         raise CheckpointError(
             f"{path}: no checkpoint of anomalib's PaDiM, PatchCore or CFLOW: it names no backbone and layers"
         )
-    name = canonical_name(str(parameters["backbone"]).partition(".")[0])
-    known = list(find_network(name).strides)
-    if unknown := [layer for layer in parameters["layers"] if layer not in known]:
-        raise CheckpointError(f"{path}: taps {name}'s '{unknown[0]}', which is none of {', '.join(known)}")
-    layers = tuple(
-        sorted(parameters["layers"], key=known.index)
-    )  # the order its features come in, whatever they are called
+    name, wanted = canonical_name(str(parameters["backbone"]).partition(".")[0]), parameters["layers"]
+    if name not in BACKBONES:
+        raise CheckpointError(f"{path}: its network, {name}, is none of {', '.join(BACKBONES)}")
+    known = list(BACKBONES[name].strides)
+    if not isinstance(wanted, (list, tuple)) or not wanted or any(wanted.count(w) > 1 or w not in known for w in wanted):
+        raise CheckpointError(f"{path}: taps {wanted} of {name}, which are not some of {', '.join(known)}")
+    layers = tuple(sorted(wanted, key=known.index))  # the order its features come in, whatever they are called
     backbone = load_backbone(name, layers=layers, weights=path)
-    size = size or _input_size(Path(path), parameters, rest)
+    try:
+        size = size or _input_size(parameters, rest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path}: its pre-processor can't be read ({error}); give the size") from None
     if any(side % backbone.stride or side <= 0 for side in size):
         raise ImageError(f"{path}: size {size} is not a multiple of the stride of {layers[-1]}, {backbone.stride}")
     normals = NormalImages(images, size)
@@ -71,22 +78,30 @@ def load_anomalib(
         raise ImageError("a detector of anomalib's needs at least one normal image to be calibrated on; got none")
     try:
         if "model.memory_bank" in tensors:
-            bank = jnp.asarray(tensors["model.memory_bank"].astype(np.float32))
-            detector: AbstractDetector = PatchCore(backbone=backbone, size=size, memory_bank=bank)
+            bank = tensors["model.memory_bank"].astype(np.float32)
+            if bank.ndim != 2 or not len(bank) or bank.shape[1] != sum(backbone.channels):
+                raise CheckpointError(f"its memory bank has shape {bank.shape}; expected (n, {sum(backbone.channels)})")
+            detector: AbstractDetector = PatchCore(backbone=backbone, size=size, memory_bank=jnp.asarray(bank))
         elif "model.gaussian.mean" in tensors:
             detector = _padim(tensors, backbone, size)
         elif any(name.startswith("model.decoders.") for name in tensors):
-            detector = _cflow(tensors, parameters, backbone, size).with_peaks(normals)
+            detector = _cflow(tensors, parameters, backbone, size)
         else:
             raise CheckpointError("none of anomalib's PaDiM, PatchCore and CFLOW")
     except KeyError as error:
         raise CheckpointError(f"{path}: tensor {error} is missing") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path}: its tensors don't fit together ({error})") from None
+    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(detector)):
+        raise CheckpointError(f"{path}: its statistics hold values that are not finite")
+    if isinstance(detector, CFlow):
+        detector = detector.with_peaks(normals)
     return calibrate(detector, normals, seed=seed, progress=progress)
 
 
-def _input_size(path: Path, parameters: dict, rest: dict) -> tuple[int, int]:
+def _input_size(parameters: dict, rest: dict) -> tuple[int, int]:
     """Height and width of the network's input."""
     config, processor = rest.get("anomalib_pre_processor_config"), parameters.get("pre_processor")
     steps: list[tuple[str, dict[str, Any]]] = []
@@ -94,18 +109,18 @@ def _input_size(path: Path, parameters: dict, rest: dict) -> tuple[int, int]:
         transforms = config["transform"].get("init_args", {}).get("transforms", [config["transform"]])
         steps = [(t["class_path"].rpartition(".")[2], t["init_args"]) for t in transforms]
     elif isinstance(processor, dict):
-        transform = processor.get("_modules", {}).get("transform", {})
-        steps = [(type(t).__name__, t) for t in transform.get("transforms", [transform])]
+        transform = processor.get("_modules", {}).get("transform")
+        steps = [(type(t).__name__, t) for t in transform.get("transforms", [transform])] if transform else []
     size = DEFAULT_SIZE
     for step, arguments in steps:
-        if step == "Resize" and len(arguments["size"]) == 2:
+        if step == "Resize" and np.shape(arguments["size"]) == (2,):
             size = (int(arguments["size"][0]), int(arguments["size"][1]))
         elif step == "Normalize":
             if not np.allclose([*arguments["mean"], *arguments["std"]], [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]):
-                raise CheckpointError(f"{path}: normalises by other values than ImageNet's mean and deviation")
+                raise CheckpointError("its pre-processor normalises by other values than ImageNet's mean and deviation")
         else:
             raise CheckpointError(
-                f"{path}: its pre-processor has a {step} step, which has no counterpart here; prepare the images so that "
+                f"its pre-processor has a {step} step, which has no counterpart here; prepare the images so that "
                 "they need it no more, and give the size it ends with"
             )
     return size
@@ -120,6 +135,8 @@ def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> P
             f"holds statistics of {mean.shape[1]} positions, not the {h}x{w} of a {size[0]}x{size[1]} image; give the size"
         )
     order = np.argsort(tensors["model.idx"])
+    if not 0 <= tensors["model.idx"].min() <= tensors["model.idx"].max() < sum(backbone.channels):
+        raise CheckpointError("keeps channels that its layers do not have")
     parts = []
     for start in range(0, h * w, BLOCK):  # Λ⁻¹ = V·diag(v)·Vᵀ, so W = diag(√v)·Vᵀ
         block = precision[start : start + BLOCK][:, order][:, :, order].astype(np.float64)
@@ -136,8 +153,10 @@ def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> P
 
 
 def _cflow(tensors: dict[str, np.ndarray], parameters: dict, backbone, size: tuple[int, int]) -> CFlow:
-    if not math.isclose(parameters.get("clamp_alpha", CLAMP), CLAMP):
+    if not math.isclose(float(parameters.get("clamp_alpha", CLAMP)), CLAMP):
         raise CheckpointError(f"its flows clamp at {parameters['clamp_alpha']}; this library's at {CLAMP}")
+    if f"model.decoders.{len(backbone.layers)}.module_list.0.global_scale" in tensors:
+        raise CheckpointError(f"has more flows than the {len(backbone.layers)} layers it taps")
     flows = []
     for k in range(len(backbone.layers)):
         prefix, blocks = f"model.decoders.{k}.module_list", []

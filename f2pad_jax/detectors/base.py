@@ -157,12 +157,12 @@ class AbstractDetector(eqx.Module):
         the outline of a glaring one far outside of it.
         """
         c = self.calibrated
-        return upper_half(anomaly_map, c.ordinary) > c.threshold
+        return (anomaly_map > c.threshold) & upper_half(anomaly_map, c.ordinary)
 
 
-def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, "h w"]:
-    """The map where it is more than half-way from the ordinary level to its maximum, elsewhere the ordinary level."""
-    return jnp.where(anomaly_map > (ordinary + jnp.max(anomaly_map)) / 2, anomaly_map, ordinary)
+def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Bool[Array, "h w"]:
+    """Where a map is more than half-way from the ordinary level to its maximum."""
+    return anomaly_map > (ordinary + jnp.max(anomaly_map)) / 2
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:

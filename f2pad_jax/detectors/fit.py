@@ -139,7 +139,9 @@ def calibrate(
             maps += [levels[i], np.asarray(_map(detector, normalise(defective.image)))]
             masks += [np.zeros(images.size, bool), defective.mask]
     progress("threshold", len(images), len(images))
-    threshold = best_threshold(np.stack([upper_half(m, ordinary) for m in maps]), np.stack(masks))
+    lowest = min(float(np.min(m)) for m in maps)  # what is in the lower half belongs to no mask, whatever the threshold
+    maps = np.stack([np.where(upper_half(m, ordinary), m, lowest) for m in maps])
+    threshold = best_threshold(maps, np.stack(masks))
     threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
     return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))
 

@@ -1,0 +1,74 @@
+import importlib.util
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from f2pad_jax import fit, load_backbone, load_detector, refine, save_detector
+from f2pad_jax.data.textures import load_texture
+from f2pad_jax.detectors.base import NormalImages
+from f2pad_jax.evaluation.metrics import iou
+
+SIDE = 64
+FILE = Path(__file__).parents[1] / "examples" / "own_detector.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("own_detector", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def texture():
+    return load_texture("brick", size=SIDE, num_train=6, num_test=2)
+
+
+@pytest.fixture(scope="module", params=["efficientnet-lite0", "vit-tiny"])
+def network(request):
+    """A backbone, and the file its weights are from where they are not installed."""
+    if request.param == "efficientnet-lite0":
+        return load_backbone(request.param, layers=("stage3",)), None
+    weights = request.getfixturevalue("shared") / "weights" / "vit_tiny_patch16_224.safetensors"
+    return load_backbone("vit-tiny", layers=("block8",), weights=weights), weights
+
+
+@pytest.fixture(scope="module")
+def detector(example, texture, network):
+    return fit(example.TokenNeighbours, texture.train, network[0], size=(SIDE, SIDE), num_components=2)
+
+
+def test_a_detector_of_ones_own_is_less_than_60_lines(example):
+    assert len(inspect.getsource(example.TokenNeighbours).splitlines()) < 60
+    assert len(FILE.read_text().splitlines()) < 80
+
+
+def test_scores_are_squared_distances_to_the_nearest_token_kept(detector, texture):
+    image = NormalImages([texture.test[0].image], (SIDE, SIDE))[0]
+    tokens = np.asarray(detector.tokens(image), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=1), 1, rtol=1e-5)
+    (found,) = jax.jit(type(detector).raw_scores)(detector, image, None)
+    side = SIDE // detector.backbone.stride
+    assert found.shape == (side, side) and len(tokens) == side**2
+    assert len(detector.bank) == 6 * side**2 / 2, "half of the tokens of all images"
+    expected = cdist(tokens, detector.bank, "sqeuclidean").min(axis=1)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=1e-4 * expected.max())
+
+
+def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp_path):
+    path = tmp_path / "own.model"
+    save_detector(path, detector)
+    loaded = load_detector(path, weights=network[1], classes=(example.TokenNeighbours,))
+    assert type(loaded) is example.TokenNeighbours
+    images = np.stack([test.image for test in texture.test])
+    found, again = (jax.tree.map(np.asarray, refine(d, images)) for d in (detector, loaded))
+    np.testing.assert_array_equal(found.mask, again.mask)
+    for i, test in enumerate(texture.test):
+        print("IoU", iou(found.coarse_mask[i], test.mask), "->", iou(found.mask[i], test.mask))
+        assert found.region[i].any() and not found.mask[i][~found.region[i]].any()
+    assert np.mean([iou(found.mask[i], test.mask) for i, test in enumerate(texture.test)]) > 0.5
