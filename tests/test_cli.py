@@ -141,6 +141,14 @@ def test_a_flow_leaves_nothing_but_the_model(flat_folder, tmp_path):
         ("padim", "rank=1000", "rank 1000 is not between 1 and"),
         ("patchcore", "max_bank=0", "'0' is no whole number"),
         ("patchcore", "max_bank=Infinity", "'Infinity' is no number"),
+        ("patchcore", "max_bank=NaN", "'NaN' is no number"),
+        ("patchcore", "coreset_ratio=-0.5", "'-0.5' is no number"),
+        ("patchcore", "num_candidates=0", "'0' is no whole number"),
+        ("padim", "num_channels=0", "'0' is no whole number"),
+        ("padim", "num_channels=-3", "'-3' is no number"),
+        ("cflow", "num_blocks=1.5", "'1.5' is no whole number"),
+        ("cflow", "num_blocks=0", "'0' is no whole number"),
+        ("cflow", "batch_size=0", "'0' is no whole number"),
         ("cflow", "learning_rate=NaN", "'NaN' is no number"),
         ("cflow", "batch_size=-3", "'-3' is no number"),
     ],
@@ -149,6 +157,14 @@ def test_bad_options_are_refused(method, pair, said, flat_folder, tmp_path, caps
     fit = ["fit", flat_folder, "--out", tmp_path / "x.model", "--size", "64", "--layers", "stage2"]
     assert said in refused(capsys, *fit, "--method", method, "--option", pair)
     assert not list(tmp_path.iterdir())
+
+
+def test_whole_numbers_may_be_written_with_a_point(flat_folder, tmp_path):
+    model = tmp_path / "x.model"
+    fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage2"]
+    assert main([*fit, "--option", "num_candidates=5.0", "max_bank=40"]) == 0
+    detector = load_detector(model)
+    assert detector.num_candidates == 5 and type(detector.num_candidates) is int and len(detector.memory_bank) == 40
 
 
 def test_an_unknown_method_is_refused_with_those_known(flat_folder, tmp_path, capsys):

@@ -162,7 +162,7 @@ class AbstractDetector(eqx.Module):
 
 def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Bool[Array, "h w"]:
     """Where a map is more than half-way from the ordinary level to its maximum."""
-    return anomaly_map > (ordinary + jnp.max(anomaly_map)) / 2
+    return jnp.asarray(anomaly_map) > (ordinary + jnp.max(anomaly_map)) / 2
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
