@@ -623,12 +623,56 @@ def test_file_of_a_training_with_other_images_layers_or_weights_is_refused(state
             CFlow.fit(images, backbone, resume=state_file, **SMALL)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["cut short", "garbage", "empty", "a folder"])
 def test_damaged_file_is_refused(state_file, small_images, shallowest, damage):
     data = state_file.read_bytes()
-    state_file.write_bytes({"cut short": data[: len(data) // 2], "garbage": b"\xff" * 500, "empty": b""}[damage])
+    if damage == "a folder":
+        state_file.unlink()
+        state_file.mkdir()
+    else:
+        state_file.write_bytes({"cut short": data[: len(data) // 2], "garbage": b"\xff" * 500, "empty": b""}[damage])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: (damaged|no such file)"):
+        CFlow.fit(small_images, shallowest, resume=state_file, **SMALL)
+
+
+def header_end(data):
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+@pytest.mark.parametrize("at", ["first value", "middle", "last value"])
+def test_file_with_an_altered_byte_is_refused(state_file, small_images, shallowest, at):
+    data = bytearray(state_file.read_bytes())
+    start = header_end(data)
+    data[{"first value": start, "middle": (start + len(data)) // 2, "last value": len(data) - 1}[at]] ^= 1
+    state_file.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         CFlow.fit(small_images, shallowest, resume=state_file, **SMALL)
+    assert state_file.read_bytes() == data
+
+
+def test_state_that_cannot_be_written_is_told_before_the_training(small_images, shallowest, tmp_path):
+    path, told = tmp_path / "file" / "state.safetensors", []
+    path.parent.touch()
+    with pytest.raises(CheckpointError, match="can't be written") as refusal:
+        CFlow.fit(small_images, shallowest, progress=lambda *args: told.append(args), resume=path, **SMALL)
+    assert told == [] and "\n" not in str(refusal.value)
+
+
+def test_file_is_kept_until_the_peaks_are_found(small_images, shallowest, uninterrupted, tmp_path, monkeypatch):
+    path = tmp_path / "new" / "state.safetensors"
+
+    def stop(self, images):
+        raise Interruption
+
+    with monkeypatch.context() as power_cut:
+        power_cut.setattr(CFlow, "with_peaks", stop)
+        with pytest.raises(Interruption):
+            CFlow.fit(small_images, shallowest, resume=path, **SMALL)
+    assert path.exists()
+    found = CFlow.fit(small_images, shallowest, resume=path, **SMALL)
+    assert not path.exists()
+    for name in ("flows", "losses", "peaks"):
+        same_bits(getattr(found, name), getattr(uninterrupted, name))
 
 
 # The layers tapped
@@ -653,3 +697,11 @@ def test_layers_of_efficientnet_b6_are_those_of_the_authors_rule():
     maps = jax.eval_shape(lambda state, image: nnx.merge(graphdef, state)(image), state, image)
     assert [maps[layer].shape for layer in layers] == [(28, 28, 72), (14, 14, 200), (7, 7, 344)]
     assert [network.strides[layer] for layer in layers] == [8, 16, 32]
+
+
+def test_file_with_another_count_of_meta_epochs_is_refused(state_file, small_images, shallowest):
+    data = state_file.read_bytes()
+    assert data.count(b'"epochs":"1"') == 1
+    state_file.write_bytes(data.replace(b'"epochs":"1"', b'"epochs":"2"'))
+    with pytest.raises(CheckpointError, match="damaged"):
+        CFlow.fit(small_images, shallowest, resume=state_file, **SMALL)

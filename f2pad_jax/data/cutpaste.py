@@ -78,7 +78,7 @@ def paste_tint(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mas
 
 
 def paste_stain(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
-    """Darker or lighter by up to 80 % in each channel, with a soft edge."""
+    """Each channel multiplied by a factor between exp(-0.6) and exp(0.6), with a soft edge."""
     factors = np.exp(rng.uniform(0.2, 1) * rng.uniform(-0.6, 0.6, 3)).astype(np.float32)
     return _blended(normal, normal * factors, mask)
 

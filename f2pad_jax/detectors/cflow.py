@@ -303,7 +303,7 @@ class Resume:
                 f"{self.path}: the state of another training (other images, weights or options); "
                 "repeat those, or delete the file to start afresh"
             )
-        if metadata.get("sha256") != content_checksum(tensors):
+        if metadata.get("sha256") != self.checksum(tensors, metadata.get("epochs", "")):
             raise CheckpointError(f"{self.path}: damaged; delete the file to start afresh")
         leaves = [jnp.asarray(tensors[str(i)]) for i in range(len(tensors))]
         restored: Training = jax.tree.unflatten(jax.tree.structure(training), leaves)
@@ -312,11 +312,15 @@ class Resume:
     def write(self, epochs: int, training: Training) -> None:
         """Keep the state after so many meta-epochs."""
         tensors = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(training))}
-        metadata = {"run": self.run, "epochs": str(epochs), "sha256": content_checksum(tensors)}
+        metadata = {"run": self.run, "epochs": str(epochs), "sha256": self.checksum(tensors, str(epochs))}
         try:
             write_safetensors(self.path, tensors, metadata)
         except OSError as error:
             raise CheckpointError(f"{self.path}: the training's state can't be written ({error.strerror})") from None
+
+    def checksum(self, tensors: dict[str, np.ndarray], epochs: str) -> str:
+        """Of the state and of how far it had come."""
+        return content_checksum({**tensors, "epochs": np.frombuffer(epochs.encode(), np.uint8)})
 
     def remove(self) -> None:
         """The training is done."""
