@@ -30,6 +30,14 @@ from f2pad_jax.units import normalise, resized, to_unit
 SIZE = (224, 224)
 
 
+def read_mask(folder: Path, path: Path, relative: Path) -> np.ndarray:
+    """The ground truth of a test image, by its path under ``test``; empty for a good one."""
+    if relative.parts[0] == "good":
+        return np.zeros(SIZE, bool)
+    mask = PIL.Image.open(folder / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png").convert("L")
+    return np.asarray(mask.resize(SIZE[::-1], PIL.Image.Resampling.NEAREST)) > 127
+
+
 def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:
     """Training images (``shots`` of them drawn with seed 0, or all), test images and their masks."""
     train = [path for path, _ in list_images([folder / "train" / "good"])]
@@ -38,13 +46,7 @@ def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:
     test, masks = [], []
     for path, relative in list_images([folder / "test"]):
         test.append(read_image(path))
-        truth = folder / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png"
-        if relative.parts[0] == "good":
-            masks.append(np.zeros(SIZE, bool))
-        else:
-            masks.append(
-                np.asarray(PIL.Image.open(truth).convert("L").resize(SIZE[::-1], PIL.Image.Resampling.NEAREST)) > 127
-            )
+        masks.append(read_mask(folder, path, relative))
     return [read_image(path) for path in train], test, np.stack(masks)
 
 

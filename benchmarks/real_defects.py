@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import PIL.Image
+from detectors import read_mask
 
 import f2pad_jax
 from f2pad_jax.data.images import list_images, read_image
@@ -30,8 +31,7 @@ def main(folder: Path) -> None:
         if kind == "good":
             good.append((not result.coarse_mask.any(), not result.mask.any()))
             continue
-        mask = PIL.Image.open(folder / "ground_truth" / kind / f"{path.stem}_mask.png")
-        truth = np.asarray(mask.convert("L").resize(detector.size[::-1], PIL.Image.Resampling.NEAREST)) > 127
+        truth = read_mask(folder, path, relative)
         maps.append(result.coarse_map)
         truths.append(truth)
         rows.append((iou(result.coarse_mask, truth), iou(result.mask, truth)))

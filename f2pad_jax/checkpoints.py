@@ -41,9 +41,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax"
 
 
-def content_checksum(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and values: the same for the same weights, whatever wrote the file."""
+def content_checksum(tensors: Mapping[str, np.ndarray], **texts: str) -> str:
+    """SHA-256 over names, dtypes, shapes and values: the same for the same weights, whatever wrote the file.
+
+    Named ``texts`` count as tensors of their bytes.
+    """
     digest = hashlib.sha256()
+    tensors = {**tensors, **{name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}}
     for name in sorted(tensors):
         value = np.asarray(tensors[name])
         digest.update(f"{name} {value.dtype.str} {list(value.shape)}\n".encode())

@@ -33,10 +33,10 @@ def save_detector(path: str | Path, detector: AbstractDetector) -> None:
         ModelError: a field holds something other than arrays, modules, tuples, text and numbers.
     """
     tensors: dict[str, np.ndarray] = {}
-    header = json.dumps(
-        {"version": f2pad_jax.__version__, "detector": _encode("detector", detector, tensors)}, sort_keys=True
-    )
-    write_safetensors(path, tensors, {"format": FORMAT, "header": header, "sha256": _checksum(header, tensors)})
+    content = {"version": f2pad_jax.__version__, "detector": _encode("detector", detector, tensors)}
+    header = json.dumps(content, sort_keys=True)
+    checksum = content_checksum(tensors, header=header)
+    write_safetensors(path, tensors, {"format": FORMAT, "header": header, "sha256": checksum})
 
 
 def load_detector(
@@ -60,7 +60,7 @@ def load_detector(
         raise ModelError(f"not a model this program wrote: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path}: not a model this program wrote (format {metadata.get('format')!r}, expected {FORMAT!r})")
-    if metadata.get("sha256") != _checksum(metadata.get("header", ""), tensors):
+    if metadata.get("sha256") != content_checksum(tensors, header=metadata.get("header", "")):
         raise ModelError(f"{path}: damaged or altered since it was written; fit the model again")
     known = {cls.__name__: cls for cls in (*CLASSES, *classes)}
     try:
@@ -107,7 +107,3 @@ def _decode(value: Any, tensors: dict[str, np.ndarray], known: dict[str, type], 
         case list():
             return tuple(_decode(item, tensors, known, weights) for item in value)
     return value
-
-
-def _checksum(header: str, tensors: dict[str, np.ndarray]) -> str:
-    return content_checksum({**tensors, "header": np.frombuffer(header.encode(), np.uint8)})

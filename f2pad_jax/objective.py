@@ -21,7 +21,7 @@ class Weights(NamedTuple):
     alpha2: Float[Array, ""]
     """Total variation."""
     beta: Float[Array, ""]
-    """Sparsity, β0 / Σm0."""
+    """Sparsity; see :func:`sparsity_weight`."""
     epsilon: Float[Array, ""]
     """ε of Eq. (8), squared normalised intensity."""
 

@@ -165,7 +165,9 @@ class _Unpickler(pickle.Unpickler):
             if not self.strict:
                 if len(self.foreign) > _MAX_CLASSES:
                     raise pickle.UnpicklingError(f"it asks for over {_MAX_CLASSES} classes; nothing was run") from None
-                return self.foreign.setdefault((module, name), type(name, (Foreign,), {}))
+                if (module, name) not in self.foreign:
+                    self.foreign[module, name] = type(name, (Foreign,), {})
+                return self.foreign[module, name]
             asked = _quoted(f"{module}.{name}")
             raise pickle.UnpicklingError(f"it asks for {asked}, which is no tensor; nothing was run") from None
 

@@ -42,3 +42,13 @@ def calibration(scale=1.0, *, ordinary=1.0, threshold=2.0, prior=None):
     """With a single Gaussian of pixel values, where no prior is given."""
     prior = prior or PixelPrior(jnp.zeros((1, 3)), jnp.eye(3)[None])
     return Calibration(jnp.asarray(scale), jnp.asarray(ordinary), jnp.asarray(threshold), prior)
+
+
+def check_map_of_batches(detector, alone, image, others):
+    """The image's map is the one it has ``alone``, to 1e-6 of its peak, wherever it stands among ``others``."""
+    batched = jax.jit(jax.vmap(type(detector).anomaly_map, in_axes=(None, 0)))
+    first = batched(detector, jnp.stack([image, others[0], others[1]]))
+    last = batched(detector, jnp.stack([others[2], others[0], image]))
+    for found in (first[0], last[2]):
+        np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6 * alone.max())
+    assert not np.allclose(first[1], alone, rtol=0.01)

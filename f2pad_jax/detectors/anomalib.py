@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from f2pad_jax.backbones import BACKBONES, canonical_name, load_backbone
-from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress
+from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress, silent
 from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
 from f2pad_jax.detectors.fit import calibrate
 from f2pad_jax.detectors.padim import BLOCK, Full, PaDiM, by_layer
@@ -30,7 +30,7 @@ def load_anomalib(
     *,
     size: tuple[int, int] | None = None,
     seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> AbstractDetector:
     """A PaDiM, PatchCore or CFLOW detector that anomalib 2.x trained, ready to refine with.
 

@@ -23,6 +23,10 @@ Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total); what follows a comma in the stage, such as a loss, changes from call to call."""
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress nobody asked to be told."""
+
+
 ORIGIN = np.zeros(2, np.int32)
 """The corner of a window that is the whole image."""
 
@@ -30,7 +34,7 @@ ORIGIN = np.zeros(2, np.int32)
 class NormalImages(Sequence):
     """Defect-free images at the detector's size, kept at 16 bits a channel (0.3 MB at 224x224) whatever they came as.
 
-    Indexing gives an image in normalised intensity, slicing with a list of indices fewer images.
+    Indexing gives an image in normalised intensity.
     """
 
     def __init__(self, images: Iterable[Shaped[np.ndarray | Array, "..."]], size: tuple[int, int]):
@@ -137,14 +141,18 @@ class AbstractDetector(eqx.Module):
         """Window corners and sides are multiples of this many pixels."""
         return self.backbone.stride
 
+    @property
+    def scale(self) -> Float[Array, ""] | float:
+        """Mean raw score of held-out normal images; 1 before the calibration."""
+        return 1.0 if self.calibration is None else self.calibration.scale
+
     def scores(self, image: Float[Array, "h w 3"], where: Where) -> tuple[Float[Array, "_h_k _w_k"], ...]:
         """:meth:`raw_scores` over their mean on held-out normal images.
 
         1 is ordinary, whatever the method and backbone, so one set of weights in Eq. (12) serves all (departure: the paper
         does not state the scale of its loss).
         """
-        scale = 1.0 if self.calibration is None else self.calibration.scale
-        return tuple(score / scale for score in self.raw_scores(image, where))
+        return tuple(score / self.scale for score in self.raw_scores(image, where))
 
     def features(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
         """The backbone's maps."""

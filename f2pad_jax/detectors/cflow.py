@@ -16,13 +16,14 @@ from scipy.stats import special_ortho_group
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.checkpoints import content_checksum, read_safetensors, write_safetensors
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, extract
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, extract, silent
 from f2pad_jax.errors import CheckpointError
 
 CONDITION = 128
 """Channels of the position encoding."""
 CLAMP = 1.9
 """Largest logarithm of a coupling's scale."""
+ADAM = optax.scale_by_adam()
 FEW_SHOT = 16
 """Up to so many images, the deepest default layer is left out (paper, Section IV-B2)."""
 
@@ -140,7 +141,7 @@ class CFlow(AbstractDetector):
         backbone: Backbone,
         *,
         seed: int = 0,
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress = silent,
         num_blocks: int = 8,
         meta_epochs: int = 25,
         sub_epochs: int = 8,
@@ -174,11 +175,10 @@ class CFlow(AbstractDetector):
         rng = np.random.default_rng(seed)
         shapes = [m.shape for m in jax.eval_shape(extract, backbone, images[0])]
         conditions = [jnp.asarray(position_encoding(h, w).reshape(h * w, -1)) for h, w, _ in shapes]
-        optimiser = optax.scale_by_adam()
         flows = [Flow(tuple(Coupling.initial(rng, c) for _ in range(num_blocks))) for *_, c in shapes]
         training = Training(
             flows,
-            [optimiser.init(jax.tree.map(jnp.asarray, flow)) for flow in flows],
+            [ADAM.init(flow) for flow in flows],  # pyright: ignore[reportArgumentType]
             np.zeros((meta_epochs, len(flows)), np.float32),
         )
         recipe = (seed, num_blocks, meta_epochs, sub_epochs, batch_size, learning_rate, rotation)
@@ -190,7 +190,7 @@ class CFlow(AbstractDetector):
             rng = np.random.default_rng([seed, epoch])  # so that a resumed run draws what an uninterrupted one does
             angles = rng.uniform(-rotation, rotation, len(images)).astype(np.float32)
             maps = [turned(backbone, images[i], angle) for i, angle in enumerate(angles)]
-            features = [np.concatenate([m[k].reshape(-1, m[k].shape[-1]) for m in maps]) for k in range(len(flows))]
+            features = [jnp.concatenate([m[k].reshape(-1, m[k].shape[-1]) for m in maps]) for k in range(len(flows))]
             for sub in range(sub_epochs):
                 for k, vectors in enumerate(features):
                     order = batches(rng, len(vectors), batch_size)
@@ -198,7 +198,7 @@ class CFlow(AbstractDetector):
                     flow, state, loss = train(
                         training.flows[k],
                         training.states[k],
-                        jnp.asarray(vectors),
+                        vectors,
                         conditions[k],
                         jnp.asarray(order),
                         learning_rate * jnp.asarray(rates),
@@ -303,7 +303,7 @@ class Resume:
                 f"{self.path}: the state of another training (other images, weights or options); "
                 "repeat those, or delete the file to start afresh"
             )
-        if metadata.get("sha256") != self.checksum(tensors, metadata.get("epochs", "")):
+        if metadata.get("sha256") != content_checksum(tensors, epochs=metadata.get("epochs", "")):
             raise CheckpointError(f"{self.path}: damaged; delete the file to start afresh")
         leaves = [jnp.asarray(tensors[str(i)]) for i in range(len(tensors))]
         restored: Training = jax.tree.unflatten(jax.tree.structure(training), leaves)
@@ -312,15 +312,11 @@ class Resume:
     def write(self, epochs: int, training: Training) -> None:
         """Keep the state after so many meta-epochs."""
         tensors = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(training))}
-        metadata = {"run": self.run, "epochs": str(epochs), "sha256": self.checksum(tensors, str(epochs))}
+        metadata = {"run": self.run, "epochs": str(epochs), "sha256": content_checksum(tensors, epochs=str(epochs))}
         try:
             write_safetensors(self.path, tensors, metadata)
         except OSError as error:
             raise CheckpointError(f"{self.path}: the training's state can't be written ({error.strerror})") from None
-
-    def checksum(self, tensors: dict[str, np.ndarray], epochs: str) -> str:
-        """Of the state and of how far it had come."""
-        return content_checksum({**tensors, "epochs": np.frombuffer(epochs.encode(), np.uint8)})
 
     def remove(self) -> None:
         """The training is done."""
@@ -355,7 +351,7 @@ def train(
         flow, state = carry
         indices, rate = inputs
         value, gradient = jax.value_and_grad(loss)(flow, indices)
-        updates, state = optax.scale_by_adam().update(gradient, state)
+        updates, state = ADAM.update(gradient, state)
         return (jax.tree.map(lambda p, u: p - rate * u, flow, updates), state), value
 
     (flow, state), losses = jax.lax.scan(step, (flow, state), (order, learning_rates))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, upper_half
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, silent, upper_half
 from f2pad_jax.errors import ImageError
 from f2pad_jax.evaluation.metrics import best_threshold
 from f2pad_jax.prior import fit_prior
@@ -36,7 +36,7 @@ def fit(
     num_components: int = 6,
     num_exemplars: int = 16,
     seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     **options: Any,
 ) -> D:
     """Fit a detector to defect-free images, and calibrate it without a label.
@@ -97,7 +97,7 @@ def calibrate(
     num_components: int = 6,
     num_exemplars: int = 16,
     seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> D:
     """Give a detector its scale, threshold, pixel prior and exemplars. No label is needed.
 

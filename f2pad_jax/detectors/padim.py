@@ -10,7 +10,16 @@ from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
 from f2pad_jax.backbones import Backbone
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract
+from f2pad_jax.detectors.base import (
+    ORIGIN,
+    AbstractDetector,
+    Calibration,
+    NormalImages,
+    Progress,
+    coarse_map,
+    extract,
+    silent,
+)
 from f2pad_jax.errors import OptionError
 
 REGULARISER = 0.01
@@ -88,7 +97,7 @@ class PaDiM(AbstractDetector):
         backbone: Backbone,
         *,
         seed: int = 0,
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress = silent,
         num_channels: int = 100,
         rank: int | None = None,
     ) -> "PaDiM":

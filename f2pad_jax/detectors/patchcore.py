@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from scipy.spatial.distance import cdist
 
 from f2pad_jax.backbones import Backbone
-from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract
+from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract, silent
 
 BLOCK = 512
 """Positions handled at a time by the neighbour searches; bounds their memory."""
@@ -47,7 +47,7 @@ class PatchCore(AbstractDetector):
         backbone: Backbone,
         *,
         seed: int = 0,
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress = silent,
         coreset_ratio: float = 0.1,
         max_bank: int = 4096,
         num_candidates: int = 50,
@@ -122,8 +122,7 @@ class PatchCore(AbstractDetector):
         """Coarse map over the whole memory bank, Eq. (4)."""
         features = embed(self.backbone, image)
         distances, _ = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, 1)
-        scale = 1.0 if self.calibration is None else self.calibration.scale
-        return coarse_map(distances.reshape(features.shape[:2]) / scale, (image.shape[0], image.shape[1]))
+        return coarse_map(distances.reshape(features.shape[:2]) / self.scale, (image.shape[0], image.shape[1]))
 
 
 def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1 w_1 c"]:
@@ -186,7 +185,7 @@ def coreset(
     points: Float[np.ndarray, "n d"],
     size: int,
     first: int,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     *,
     batch: int = 512,
 ) -> Int[np.ndarray, " m"]:
