@@ -5,25 +5,26 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from f2pad_jax.detectors.base import AbstractDetector, Where
+from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.prior import PixelPrior
 from f2pad_jax.region import affected_positions
-from f2pad_jax.settings import Settings
+from f2pad_jax.resampling import Resampling
+
+Scalar = float | Float[Array, ""]
 
 
 class Weights(NamedTuple):
     """The weights of Eq. (12)."""
 
-    alpha1: Float[Array, ""]
+    alpha1: Scalar
     """Pixel prior."""
-    alpha2: Float[Array, ""]
+    alpha2: Scalar
     """Total variation."""
-    beta: Float[Array, ""]
+    beta: Scalar
     """Sparsity; see :func:`sparsity_weight`."""
-    epsilon: Float[Array, ""]
-    """ε of Eq. (8), squared normalised intensity."""
 
 
 class Terms(NamedTuple):
@@ -40,6 +41,7 @@ class Problem(eqx.Module):
 
     detector: AbstractDetector
     x: Float[Array, "h w 3"]
+    """The input at the resolution n is sought at."""
     region: Bool[Array, "h w"]
     """Pixels that may change; elsewhere n = x."""
     where: Where
@@ -47,28 +49,49 @@ class Problem(eqx.Module):
     affected: tuple[Float[Array, "_h_k _w_k"], ...]
     """Positions that enter l_n, one map per scored layer."""
     weights: Weights
+    penalty: AbstractPenalty = Log()
+    view: Resampling | None = None
+    """How the detector sees n; None: as it is."""
 
     @staticmethod
     def make(
-        detector: AbstractDetector, x: Float[Array, "h w 3"], region: Bool[Array, "h w"], where: Where, settings: Settings
+        detector: AbstractDetector,
+        x: Float[Array, "h w 3"],
+        region: Bool[Array, "h w"],
+        where: Where,
+        *,
+        alpha1: Scalar = 0.01,
+        alpha2: Scalar = 1e-4,
+        beta: Scalar = 0.0,
+        penalty: AbstractPenalty | None = None,
+        reach: int | None = 8,
+        view: Resampling | None = None,
     ) -> "Problem":
-        """The problem of optimising ``region``, with β = 0; ``where`` is the detector's view of the window."""
-        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, x, where)]
-        affected = tuple(affected_positions(region, shape, settings.reach) for shape in shapes)
-        values = (settings.alpha1, settings.alpha2, 0.0, settings.epsilon)
-        return Problem(detector, x, region, where, affected, Weights(*map(jnp.asarray, values)))
+        """The problem of optimising ``region``; ``where`` is the detector's view of the window.
 
-    def with_beta(self, beta: Float[Array, ""] | float) -> "Problem":
+        Args:
+            reach: positions within this many of the detector's pixels of the region enter l_n; None: all.
+        """
+        seen, touched = (x, region) if view is None else (view(x), view.touched(region))
+        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, seen, where)]
+        affected = tuple(affected_positions(touched, shape, reach) for shape in shapes)
+        return Problem(detector, x, region, where, affected, Weights(alpha1, alpha2, beta), penalty or Log(), view)
+
+    def with_beta(self, beta: Scalar) -> "Problem":
         """The same problem with another weight of the sparsity term."""
-        return eqx.tree_at(lambda p: p.weights.beta, self, jnp.asarray(beta))
+        return eqx.tree_at(lambda p: p.weights.beta, self, beta)
+
+    def seen(self, n: Float[Array, "h w 3"]) -> Float[Array, "_h _w 3"]:
+        """N as the detector sees it."""
+        return n if self.view is None else self.view(n)
 
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
         return Terms(
-            feature_loss(self.detector, n, self.where, self.affected),
+            feature_loss(self.detector, self.seen(n), self.where, self.affected),
             pixel_prior_loss(self.detector.calibrated.prior, n, self.region),
             total_variation(n),
-            log_penalty(self.x - n, self.region, self.weights.epsilon),
+            sparsity_loss(self.penalty, self.x - n, self.region),
         )
 
     def __call__(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
@@ -76,10 +99,13 @@ class Problem(eqx.Module):
         t, w = self.terms(n), self.weights
         return t.feature + w.alpha1 * t.prior + w.alpha2 * t.variation + w.beta * t.sparsity
 
+    def smooth(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
+        """Eq. (12) without its sparsity term."""
+        t, w = self.terms(n), self.weights
+        return t.feature + w.alpha1 * t.prior + w.alpha2 * t.variation
 
-def sparsity_weight(
-    problem: Problem, n0: Float[Array, "h w 3"], coarse_area: Int[Array, ""], settings: Settings
-) -> Float[Array, ""]:
+
+def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scalar) -> Float[Array, ""]:
     """β of Eq. (12), from what the input has to lose.
 
     β = sparsity · E / (l_a(x - n0) - l_a(0)), where E is the sum over the affected positions of the input's scores above
@@ -88,17 +114,22 @@ def sparsity_weight(
     denominator is floored at 1, which only an n0 equal to x reaches.)
 
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
-    times too large and n returns to x. ``settings.beta0`` selects the paper's rule.
+    times too large and n returns to x. ``Settings.beta0`` selects :func:`paper_weight`.
     """
-    if settings.beta0 is not None:
-        return settings.beta0 / jnp.maximum(coarse_area, 1)
-    where = problem.detector.refresh(problem.x, problem.where)
-    scores = problem.detector.scores(problem.x, where)
+
+    def sparse(n: Float[Array, "h w 3"]) -> Float[Array, ""]:
+        return sparsity_loss(problem.penalty, problem.x - n, problem.region)
+
+    seen = problem.seen(problem.x)
+    scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
     evidence = sum(jnp.sum(a * jnp.maximum(s - 1, 0)) for a, s in zip(problem.affected, scores, strict=True))
-    region, epsilon = problem.region, problem.weights.epsilon
-    zero = jnp.zeros_like(problem.x)
-    span = log_penalty(problem.x - n0, region, epsilon) - log_penalty(zero, region, epsilon)
-    return settings.sparsity * evidence / jnp.maximum(span, 1.0)
+    span = sparse(n0) - sparse(problem.x)
+    return sparsity * evidence / jnp.maximum(span, 1.0)
+
+
+def paper_weight(beta0: Scalar, coarse_mask: Bool[Array, "h w"]) -> Float[Array, ""]:
+    """β = β0 / Σm0 (Section III-E4)."""
+    return beta0 / jnp.maximum(jnp.sum(coarse_mask), 1)
 
 
 def feature_loss(
@@ -120,12 +151,9 @@ def total_variation(n: Float[Array, "h w 3"]) -> Float[Array, ""]:
     return jnp.sum(norm(n[1:] - n[:-1])) + jnp.sum(norm(n[:, 1:] - n[:, :-1]))
 
 
-def log_penalty(
-    a: Float[Array, "h w 3"], region: Bool[Array, "h w"], epsilon: Float[Array, ""] | float
-) -> Float[Array, ""]:
-    """Eq. (8): Σ log(√(|a|² + ε) + |a|), summed over the region (elsewhere it is constant)."""
-    size = norm(a)
-    return jnp.sum(jnp.where(region, jnp.log(jnp.sqrt(size**2 + epsilon) + size), 0.0))
+def sparsity_loss(penalty: AbstractPenalty, a: Float[Array, "h w 3"], region: Bool[Array, "h w"]) -> Float[Array, ""]:
+    """l_a of Eq. (8), summed over the region (elsewhere it is constant)."""
+    return jnp.sum(jnp.where(region, penalty(norm(a)), 0.0))
 
 
 def norm(v: Float[Array, "*b 3"]) -> Float[Array, "*b"]:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from f2pad_jax import region as regions
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.inpaint import Inpainter, choose, exemplar
-from f2pad_jax.objective import Problem, sparsity_weight
+from f2pad_jax.masks import Evidence
+from f2pad_jax.objective import Problem, paper_weight, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
@@ -53,7 +54,10 @@ class Coarse(eqx.Module):
     x: Float[Array, "h w 3"]
     """Normalised intensity."""
     anomaly_map: Float[Array, "h w"]
+    excess: Float[Array, "h w"]
+    """The map above the ordinary level, over that of m0's border."""
     mask: Bool[Array, "h w"]
+    """m0: where ``excess`` is above 1."""
     region: Bool[Array, "h w"]
 
 
@@ -121,8 +125,9 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     """Coarse map, m0 and suspect region of an image in 0..1."""
     x = normalise(resized(image, detector.size))
     anomaly_map = detector.anomaly_map(x)
-    mask = detector.coarse_mask(anomaly_map)
-    return Coarse(x, anomaly_map, mask, regions.suspect_region(mask, settings.dilation))
+    excess = detector.excess(anomaly_map)
+    mask = excess > 1
+    return Coarse(x, anomaly_map, excess, mask, regions.suspect_region(mask, excess > settings.spill, settings.dilation))
 
 
 def solve_window(
@@ -142,23 +147,33 @@ def solve_window(
     def paste(part: Array, whole: Array) -> Array:
         return jax.lax.dynamic_update_slice(whole, part, (*corner, *[0] * (part.ndim - 2)))
 
-    x = crop(coarse.x)
+    s, x = settings, crop(coarse.x)
 
     def decompose(region: Bool[Array, "h w"], phase):
         """Split x into n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
         n0 = crop(inpaint(coarse.x, paste(region, jnp.zeros_like(coarse.mask))))  # line 1
-        problem = Problem.make(detector, x, region, detector.locate(n0, corner), settings)  # line 2
-        beta = sparse * sparsity_weight(problem, n0, jnp.sum(coarse.mask), settings)
-        solution = solve(problem.with_beta(beta), n0, settings.with_rate(learning_rate), limit)  # lines 3-8
-        mask = regions.opened(region & (jnp.linalg.norm(x - solution.n, axis=-1) > settings.tau))  # line 9
+        problem = Problem.make(  # line 2
+            detector,
+            x,
+            region,
+            detector.locate(n0, corner),
+            alpha1=s.alpha1,
+            alpha2=s.alpha2,
+            penalty=s.penalty,
+            reach=s.reach,
+        )
+        beta = paper_weight(s.beta0, coarse.mask) if s.beta0 is not None else sparsity_weight(problem, n0, s.sparsity)
+        problem = problem.with_beta(sparse * beta)
+        solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
+        solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
+        mask = s.decision(solver, Evidence(problem, n0, solution.n, crop(coarse.excess)))  # line 9
         return mask, (mask, solution)
 
     # first the mask; then n again inside it, with β = 0 and gentler steps (line 10): one program, run twice
-    s = settings
     phases = (
         jnp.array([1.0, 0.0]),
-        jnp.array([s.learning_rate, s.restore_rate]),
+        jnp.array([s.solver.learning_rate, s.restore_rate]),
         jnp.array([s.max_steps, s.restore_steps]),
     )
     _, (masks, solutions) = jax.lax.scan(decompose, crop(coarse.region), phases)

@@ -62,19 +62,22 @@ def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
     return ~outside
 
 
-def suspect_region(coarse_mask: Bool[Array, "h w"], dilation: int) -> Bool[Array, "h w"]:
-    """The pixels to optimise: m0 with its holes filled, dilated (paper, Section III-E2).
+def suspect_region(coarse_mask: Bool[Array, "h w"], faint: Bool[Array, "h w"], dilation: int) -> Bool[Array, "h w"]:
+    """The pixels to optimise: m0 with its holes filled, dilated (paper, Section III-E2), and what stands out less.
 
-    Departure: holes are filled, since coarse maps are often rings around large defects.
+    Departures: holes are filled, since coarse maps are often rings around large defects; and where there is an m0,
+    ``faint`` pixels are suspect too, so that the faint part of a defect is not missed.
     """
-    return filled(dilate(filled(coarse_mask), dilation))
+    return filled(dilate(filled(coarse_mask), dilation) | (jnp.any(coarse_mask) & faint))
 
 
-def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach: int) -> Float[Array, "hk wk"]:
-    """Which feature positions enter l_n: 1 where the cell lies within ``reach`` pixels of the region, else 0.
+def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach: int | None) -> Float[Array, "hk wk"]:
+    """Which feature positions enter l_n: 1 where the cell lies within ``reach`` pixels of the region (None: all), else 0.
 
     Paper, Section III-E2. ``reach`` stands for the effective receptive field, which is far smaller than the theoretical.
     """
+    if reach is None:
+        return jnp.ones(shape)
     near = dilate(region, reach)
     (h, w), (hk, wk) = region.shape, shape
     cells = near.reshape(hk, h // hk, wk, w // wk)

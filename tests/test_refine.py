@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2pad_jax import ImageError, Outcome, PatchCore, Settings, fit, refine
+from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, refine
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose, exemplar
@@ -36,8 +36,8 @@ def result(detector, images):
 def test_masks_are_sharper_than_the_coarse_ones(result, texture):
     coarse = [iou(result.coarse_mask[i], test.mask) for i, test in enumerate(texture.test)]
     refined = [iou(result.mask[i], test.mask) for i, test in enumerate(texture.test)]
-    assert np.mean(refined) > 0.8
-    assert np.mean(refined) > np.mean(coarse) + 0.1
+    assert np.mean(refined) > 0.6  # at 96 pixels the coarse map, blurred over 8, is a poor guide
+    assert np.mean(refined) > np.mean(coarse) + 0.15
 
 
 def test_pixels_outside_the_region_are_bit_identical(result, images):
@@ -101,7 +101,7 @@ def test_on_the_host_settings_are_no_new_program(detector, images):
         traced.append(image.shape)
         return exemplar(image, region)
 
-    for settings in (Settings(max_steps=0, restore_steps=0), Settings(max_steps=10, restore_steps=10, tau=0.3)):
+    for settings in (Settings(max_steps=0, restore_steps=0), Settings(max_steps=10, restore_steps=10, alpha1=0.1)):
         refine(detector, images[0], settings=settings, inpaint=counting)
     assert len(traced) == 1
 
@@ -123,18 +123,20 @@ def test_inside_jit_a_good_image_takes_no_step(jitted, detector, images):
 
 
 def test_a_blown_up_step_is_reported_and_the_last_finite_state_kept(jitted, detector, images):
-    out = jitted(detector, images[0], Settings(learning_rate=float("nan")))
+    out = jitted(detector, images[0], Settings(solver=Descent(learning_rate=float("nan"))))
     assert out.outcome == Outcome.NON_FINITE
     assert np.isfinite(np.asarray(out.normal)).all()
 
 
 def test_the_step_limit_is_reported(jitted, detector, images):
-    out = jitted(detector, images[0], Settings(max_steps=10, tolerance=0.0))
+    out = jitted(detector, images[0], Settings(max_steps=10, solver=Descent(tolerance=0.0)))
     assert out.outcome == Outcome.STEP_LIMIT and out.steps == 10
 
 
 def test_one_trace_serves_many_images_and_settings(jitted, traces, detector, images):
-    for image, settings in zip(images, [Settings(), Settings(tau=0.1), Settings(sparsity=2.0), Settings()], strict=True):
+    for image, settings in zip(
+        images, [Settings(), Settings(decision=Mixture(steepness=3.0)), Settings(sparsity=2.0), Settings()], strict=True
+    ):
         jitted(detector, image, settings)
     assert len(traces) == 1
 

@@ -22,7 +22,12 @@ SIDE = 41
 DILATION = 3
 
 fill_one = jax.jit(filled)
-suspect = jax.jit(functools.partial(suspect_region, dilation=DILATION))
+suspect_or_faint = jax.jit(functools.partial(suspect_region, dilation=DILATION))
+
+
+def suspect(mask):
+    """Where nothing is faint."""
+    return suspect_or_faint(mask, jnp.zeros_like(mask))
 
 
 def square(radius):
@@ -157,6 +162,13 @@ def test_suspect_region_is_filled_dilated_and_filled_again():
     fill = scipy.ndimage.binary_fill_holes
     np.testing.assert_array_equal(found, fill(scipy_dilate(fill(mask), DILATION)))
     assert np.all(found[2:18, 2:18])
+
+
+def test_faint_pixels_are_suspect_beside_a_coarse_mask_only():
+    mask, faint = np.zeros((2, SIDE, SIDE), bool)
+    mask[5:10, 5:10], faint[5:10, 8:30] = True, True
+    np.testing.assert_array_equal(suspect_or_faint(mask, faint), scipy_dilate(mask, DILATION) | faint)
+    assert not np.asarray(suspect_or_faint(~mask & mask, faint)).any()
 
 
 @pytest.mark.parametrize("reach", [0, 1, 4, 8])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2pad_jax import bilateral_sharing
+from f2pad_jax import Sharing
 
 SIGMA0, SIGMA1, RADIUS = 1.1, 3.0, 5
 
@@ -28,7 +28,7 @@ def gradient():
 @pytest.fixture(scope="module")
 def whole(image):
     """All 121 taps."""
-    return bilateral_sharing(jnp.asarray(image), radius=RADIUS, tolerance=0.0)
+    return Sharing(radius=RADIUS, cutoff=0.0)(jnp.asarray(image))
 
 
 def naive_weights(x, radius=RADIUS, sigma0=SIGMA0, sigma1=SIGMA1):
@@ -70,18 +70,18 @@ def test_sharing_equals_equation_13_borders_included(image, gradient, whole):
 
 
 def test_other_scales_and_radius_are_used(image, gradient):
-    sharing = bilateral_sharing(jnp.asarray(image), radius=2, sigma0=4.0, sigma1=0.7, tolerance=0.0)
+    sharing = Sharing(radius=2, sigma0=4.0, sigma1=0.7, cutoff=0.0)(jnp.asarray(image))
     expected = naive_sharing(naive_weights(image, 2, 4.0, 0.7), gradient)
     np.testing.assert_allclose(sharing(jnp.asarray(gradient)), expected, rtol=1e-10)
 
 
 def test_weights_sum_to_one_at_every_pixel_whatever_is_left_out(image, whole):
-    for sharing in (whole, bilateral_sharing(jnp.asarray(image)), bilateral_sharing(jnp.asarray(image), tolerance=0.1)):
+    for sharing in (whole, Sharing()(jnp.asarray(image)), Sharing(cutoff=0.1)(jnp.asarray(image))):
         np.testing.assert_allclose(np.sum(sharing.weights, axis=0), 1.0, rtol=1e-13)
 
 
 def test_default_keeps_29_taps_and_moves_the_result_by_under_a_thousandth(image, gradient, whole):
-    pruned = bilateral_sharing(jnp.asarray(image))
+    pruned = Sharing()(jnp.asarray(image))
     difference = np.abs(pruned(jnp.asarray(gradient)) - whole(jnp.asarray(gradient)))
     assert 0 < difference.max() < 1e-3 * np.abs(gradient).max()
     assert len(pruned.taps) == 29
@@ -89,13 +89,13 @@ def test_default_keeps_29_taps_and_moves_the_result_by_under_a_thousandth(image,
 
 def test_constant_gradient_is_preserved(image):
     constant = np.broadcast_to([1.0, -2.0, 0.5], image.shape)
-    np.testing.assert_allclose(bilateral_sharing(jnp.asarray(image))(jnp.asarray(constant)), constant, rtol=1e-13)
+    np.testing.assert_allclose(Sharing()(jnp.asarray(image))(jnp.asarray(constant)), constant, rtol=1e-13)
 
 
 def test_similar_neighbours_weigh_more(image):
     x = np.zeros_like(image)
     x[6, 9], x[6, 7] = 0.2, 2.0
-    sharing = bilateral_sharing(jnp.asarray(x))
+    sharing = Sharing()(jnp.asarray(x))
     at = dict(zip(sharing.taps, np.asarray(sharing.weights)[:, 6, 8], strict=True))
     assert at[0, 0] > at[0, 1] > at[0, -1] > 0
     assert at[0, 1] / at[0, -1] == pytest.approx(np.exp(3 * (2.0**2 - 0.2**2) / SIGMA1))
@@ -105,18 +105,18 @@ def test_pixels_of_a_distant_colour_share_nothing(image):
     x = np.zeros_like(image)
     x[:, 8:] = 100.0
     gradient = np.where(x == 0, 1.0, -1.0)
-    np.testing.assert_allclose(bilateral_sharing(jnp.asarray(x))(jnp.asarray(gradient)), gradient)
+    np.testing.assert_allclose(Sharing()(jnp.asarray(x))(jnp.asarray(gradient)), gradient)
 
 
 def test_an_image_smaller_than_the_neighbourhood():
     x = np.random.default_rng(2).normal(0, 1, (2, 1, 3))
-    found = bilateral_sharing(jnp.asarray(x), radius=3, tolerance=0.0)(jnp.asarray(x))
+    found = Sharing(radius=3, cutoff=0.0)(jnp.asarray(x))(jnp.asarray(x))
     np.testing.assert_allclose(found, naive_sharing(naive_weights(x, 3), x), rtol=1e-10)
 
 
 def test_the_same_under_jit_and_vmap(image, gradient):
     def direction(x, g):
-        return bilateral_sharing(x, radius=2)(g)
+        return Sharing(radius=2)(x)(g)
 
     images, gradients = jnp.stack([image, image[::-1]]), jnp.stack([gradient, gradient[:, ::-1]])
     found = jax.jit(jax.vmap(direction))(images, gradients)

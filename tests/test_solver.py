@@ -2,11 +2,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import calibration
 
-from f2pad_jax import AbstractDetector, Backbone, Calibration, Outcome, Problem, Settings, solve
-from f2pad_jax.solvers import Solver
+from f2pad_jax import (
+    AbstractDetector,
+    AbstractSolver,
+    Backbone,
+    Calibration,
+    Descent,
+    Outcome,
+    Problem,
+    Proximal,
+    Sharing,
+    State,
+    solve,
+)
 from f2pad_jax.units import HIGHEST, LOWEST
 
 
@@ -49,13 +61,13 @@ def problem():
     x = 0.2 * jax.random.normal(key, (24, 24, 3))
     x = x.at[8:14, 9:17].add(1.5)
     region = jnp.zeros((24, 24), bool).at[5:18, 6:20].set(True)
-    return Problem.make(detector, x, region, None, Settings()).with_beta(0.02)
+    return Problem.make(detector, x, region, None, beta=0.02)
 
 
 def test_the_loop_equals_a_plain_python_one(problem):
     """Algorithm 1 written out step by step, in NumPy but for the objective's gradient."""
-    settings = Settings(max_steps=20, steps_per_check=1, tolerance=-1e9, sharing_tolerance=0.0)
-    solution = solve(problem, jnp.zeros_like(problem.x), settings, 20)
+    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0))
+    solution = solve(solver, problem, jnp.zeros_like(problem.x), max_steps=20, steps_per_check=1)
 
     x, region = np.asarray(problem.x, np.float64), np.asarray(problem.region)
     h, w, _ = x.shape
@@ -78,7 +90,7 @@ def test_the_loop_equals_a_plain_python_one(problem):
         m, v, s = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * d, 0.99 * s + 0.01 * (g + 0.92 * d) ** 2
         hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
         direction = (hats[0] + 0.92 * hats[1]) / (np.sqrt(hats[2]) + 1e-8)
-        gamma = settings.learning_rate / np.maximum(np.abs(x - n), settings.delta)
+        gamma = solver.learning_rate / np.maximum(np.abs(x - n), solver.delta)
         n = np.where(region[..., None], np.clip(n - gamma * direction, LOWEST, HIGHEST), x)
         previous = g
     assert solution.steps == 20
@@ -87,28 +99,28 @@ def test_the_loop_equals_a_plain_python_one(problem):
 
 def test_the_objective_falls_and_the_rest_stays(problem):
     start = jnp.where(problem.region[..., None], 0.0, problem.x)
-    solution = solve(problem, start, Settings(), 200)
+    solution = solve(Descent(), problem, start, max_steps=200)
     assert float(solution.objective) < float(problem(start))
     outside = ~np.asarray(problem.region)
     np.testing.assert_array_equal(np.asarray(solution.n)[outside], np.asarray(problem.x)[outside])
 
 
 def test_pixels_stay_valid(problem):
-    solution = solve(problem, jnp.full_like(problem.x, 100.0), Settings(), 20)
+    solution = solve(Descent(), problem, jnp.full_like(problem.x, 100.0), max_steps=20)
     n = np.asarray(solution.n)[np.asarray(problem.region)]
     assert (n >= LOWEST).all() and (n <= HIGHEST).all()
 
 
 def test_it_stops_when_little_is_gained(problem):
-    impatient = solve(problem, problem.x, Settings(tolerance=1e9), 500)
+    impatient = solve(Descent(tolerance=1e9), problem, problem.x, max_steps=500)
     assert impatient.outcome == Outcome.CONVERGED and impatient.steps == 20
-    never = solve(problem, problem.x, Settings(tolerance=-1e9), 30)
+    never = solve(Descent(tolerance=-1e9), problem, problem.x, max_steps=30)
     assert never.outcome == Outcome.STEP_LIMIT and never.steps == 30
 
 
 def test_an_empty_region_takes_no_step(problem):
     empty = eqx.tree_at(lambda p: p.region, problem, jnp.zeros_like(problem.region))
-    solution = solve(empty, problem.x + 1, Settings(), 100)
+    solution = solve(Descent(), empty, problem.x + 1, max_steps=100)
     assert solution.outcome == Outcome.NOTHING_TO_REFINE and solution.steps == 0
     np.testing.assert_array_equal(solution.n, problem.x)
 
@@ -117,16 +129,16 @@ def test_vmap_equals_one_at_a_time(problem):
     """Without the penalty's kink, around which rounding errors grow, lanes agree to the last digits."""
     problem = problem.with_beta(0.0)
     starts = jnp.stack([jnp.zeros_like(problem.x), problem.x * 0.5])
-    together = jax.vmap(lambda n0: solve(problem, n0, Settings(tolerance=0.01), 200))(starts)
+    together = jax.vmap(lambda n0: solve(Descent(tolerance=0.01), problem, n0, max_steps=200))(starts)
     for i, start in enumerate(starts):
-        alone = solve(problem, start, Settings(tolerance=0.01), 200)
+        alone = solve(Descent(tolerance=0.01), problem, start, max_steps=200)
         assert alone.steps == together.steps[i]
         np.testing.assert_allclose(alone.n, together.n[i], atol=1e-9)
 
 
 def test_the_clip_bounds_the_shared_gradient(problem):
     """Adan's first direction is g/|g|, whatever the clip; a zero clip stops all movement."""
-    solver = Solver.make(problem.x, Settings(clip=0.0))
+    solver = Descent(clip=0.0)
     state = solver.step(problem, solver.init(problem, jnp.zeros_like(problem.x)))
     start = np.where(np.asarray(problem.region)[..., None], 0.0, np.asarray(problem.x))
     np.testing.assert_array_equal(
@@ -134,3 +146,78 @@ def test_the_clip_bounds_the_shared_gradient(problem):
         start.clip(LOWEST, HIGHEST) * np.asarray(problem.region)[..., None]
         + start * ~np.asarray(problem.region)[..., None],
     )
+
+
+VARIANTS = {
+    "paper": Descent(),
+    "plain Adan": Descent(sharing=None),
+    "no adaptive step": Descent(gamma0=None),
+    "Adam": Descent(optimiser=optax.adam(0.05), learning_rate=1.0),
+    "momentum": Descent(optimiser=optax.sgd(0.01, 0.9), learning_rate=1.0),
+    "L-BFGS": Descent(optimiser=optax.lbfgs(), sharing=None, gamma0=None, learning_rate=1.0),
+    "proximal": Proximal(),
+}
+
+
+@pytest.mark.parametrize("solver", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_lowers_the_objective_inside_the_region_only(problem, solver):
+    start = jnp.where(problem.region[..., None], 0.0, problem.x)
+    solution = jax.jit(lambda p: solve(solver, p, start, max_steps=100))(problem)
+    assert float(problem(solution.n)) < float(problem(start))
+    assert solution.outcome in (Outcome.CONVERGED, Outcome.STEP_LIMIT)
+    outside = ~np.asarray(problem.region)
+    np.testing.assert_array_equal(np.asarray(solution.n)[outside], np.asarray(problem.x)[outside])
+
+
+def test_the_proximal_solver_finds_the_patch_by_exact_zeros(problem):
+    """On a quadratic objective: where the pasted patch is, and nowhere else, a ≠ 0; no threshold is applied."""
+    patch = np.zeros((24, 24), bool)
+    patch[8:14, 9:17] = True
+    solution = solve(Proximal(), problem, jnp.zeros_like(problem.x), max_steps=300)
+    mask = np.asarray(Proximal().postprocess(problem, solution.n, np.inf))
+    np.testing.assert_array_equal(mask, np.any(np.asarray(solution.n != problem.x), axis=-1))
+    assert 0 < mask.sum() < np.asarray(problem.region).sum()
+    assert (mask & patch).sum() / (mask | patch).sum() > 0.75  # blocks of four pixels say no more
+
+
+def test_the_proximal_step_equals_a_plain_numpy_one(problem):
+    solver = Proximal(sharing=None)
+    state = solver.init(problem, jnp.zeros_like(problem.x))
+    x, region, n = np.asarray(problem.x), np.asarray(problem.region), np.asarray(state.n)
+    for _ in range(3):
+        state = solver.step(problem, state)
+    m = v = s = previous = np.zeros_like(x)
+    for step in range(1, 4):
+        g = np.asarray(jax.grad(problem.smooth)(jnp.asarray(n))) * region[..., None]
+        d = g - previous if step > 1 else np.zeros_like(g)
+        m, v, s = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * d, 0.99 * s + 0.01 * (g + 0.92 * d) ** 2
+        hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
+        eta = 0.3 / (np.sqrt(hats[2].mean(-1)) + 1e-8)
+        root = np.sqrt(hats[2])
+        a = x - np.clip(n - eta[..., None] * root * (hats[0] + 0.92 * hats[1]) / (root + 1e-8), LOWEST, HIGHEST)
+        size = np.linalg.norm(a, axis=-1)
+        kept = np.asarray(problem.penalty.shrunk(jnp.asarray(size), jnp.asarray(0.02 * eta)))
+        n = np.where(region[..., None], x - a * (kept / np.maximum(size, 1e-8))[..., None], x)
+        previous = g
+    np.testing.assert_allclose(state.n, n, atol=1e-9)
+
+
+class SignDescent(AbstractSolver):
+    """A solver of one's own."""
+
+    learning_rate: float = 0.05
+    tolerance: float = 1e-3
+
+    def init(self, problem, n0):
+        return State(jnp.where(problem.region[..., None], n0, problem.x), jnp.asarray(jnp.inf), None)
+
+    def step(self, problem, state):
+        objective, gradient = jax.value_and_grad(problem)(state.n)
+        n = jnp.clip(state.n - self.learning_rate * jnp.sign(gradient), LOWEST, HIGHEST)
+        return State(jnp.where(problem.region[..., None], n, problem.x), objective, None)
+
+
+def test_a_solver_of_ones_own_runs_in_the_same_loop(problem):
+    solution = solve(SignDescent(), problem, problem.x, max_steps=200)
+    assert float(problem(solution.n)) < float(problem(problem.x))
+    assert solution.outcome == Outcome.CONVERGED and 0 < solution.steps < 200

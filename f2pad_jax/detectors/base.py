@@ -14,6 +14,7 @@ from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import ImageError
 from f2pad_jax.prior import PixelPrior
+from f2pad_jax.resampling import smoothed
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
 
 Where = Any
@@ -164,13 +165,18 @@ class AbstractDetector(eqx.Module):
         A smoothed step is half as high where it was sharp: the threshold alone, which faint defects must reach, would put
         the outline of a glaring one far outside of it.
         """
+        return self.excess(anomaly_map) > 1
+
+    def excess(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        """How far the map is above the ordinary level (0), in units of the border of m0 (1)."""
         c = self.calibrated
-        return (anomaly_map > c.threshold) & upper_half(anomaly_map, c.ordinary)
+        level = jnp.maximum(c.threshold, upper_half(anomaly_map, c.ordinary))
+        return jnp.maximum(anomaly_map - c.ordinary, 0) / jnp.maximum(level - c.ordinary, 1e-6)
 
 
-def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Bool[Array, "h w"]:
-    """Where a map is more than half-way from the ordinary level to its maximum."""
-    return jnp.asarray(anomaly_map) > (ordinary + jnp.max(anomaly_map)) / 2
+def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Half-way from the ordinary level to a map's maximum."""
+    return jnp.asarray((ordinary + jnp.max(jnp.asarray(anomaly_map))) / 2)
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
@@ -183,13 +189,4 @@ def coarse_map(scores: Float[Array, "h_k w_k"], size: tuple[int, int], *, sigma:
 
     Separable, truncated at 4 sigma (33 taps at sigma 4), border mirrored with the edge repeated (scipy's "reflect").
     """
-    pixels = jax.image.resize(scores, size, "linear", antialias=False)
-    radius = int(4 * sigma + 0.5)
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)
-    for axis in (0, 1):
-        n = pixels.shape[axis]
-        padded = jnp.pad(pixels, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="symmetric")
-        slices = [jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(len(taps))]
-        pixels = jnp.tensordot(taps, jnp.stack(slices), axes=1)
-    return pixels
+    return smoothed(jax.image.resize(scores, size, "linear", antialias=False), sigma)

@@ -140,7 +140,7 @@ def calibrate(
             masks += [np.zeros(images.size, bool), defective.mask]
     progress("threshold", len(images), len(images))
     lowest = min(float(np.min(m)) for m in maps)  # what is in the lower half belongs to no mask, whatever the threshold
-    maps = np.stack([np.where(upper_half(m, ordinary), m, lowest) for m in maps])
+    maps = np.stack([np.where(m > upper_half(m, ordinary), m, lowest) for m in maps])
     threshold = best_threshold(maps, np.stack(masks))
     threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
     return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))

@@ -1,20 +1,16 @@
-"""The loop of Algorithm 1: share the gradient, scale the step, move by Adan, until nothing is gained."""
+"""The loop of Algorithm 1, and what it asks of a solver."""
 
+import abc
 import dataclasses
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.objective import Problem
-from f2pad_jax.settings import Settings
-from f2pad_jax.solvers.adan import scale_by_adan
-from f2pad_jax.solvers.sharing import GradientSharing, bilateral_sharing
-from f2pad_jax.units import HIGHEST, LOWEST
 
 
 class Outcome(enum.IntEnum):
@@ -24,6 +20,7 @@ class Outcome(enum.IntEnum):
     STEP_LIMIT = 1
     NOTHING_TO_REFINE = 2
     NON_FINITE = 3
+    COVERED = 4
 
     @property
     def message(self) -> str:
@@ -36,6 +33,8 @@ _MESSAGES = {
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
     Outcome.NOTHING_TO_REFINE: "no pixel of the coarse map exceeds the threshold: the image is good, the mask empty",
     Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
+    Outcome.COVERED: "the suspect region covers the image, nothing normal is left to restore it from: the coarse mask was "
+    "kept (is it the detector's kind of image? is the threshold too low?)",
 }
 
 
@@ -43,11 +42,10 @@ class State(NamedTuple):
     """What the next step needs."""
 
     n: Float[Array, "h w 3"]
-    moments: optax.OptState
-    steps: Int[Array, ""]
     objective: Float[Array, ""]
     """Before the last step."""
-    failed: Bool[Array, ""]
+    memory: Any
+    """The solver's own: moments, fixed weights."""
 
 
 class Solution(NamedTuple):
@@ -60,72 +58,70 @@ class Solution(NamedTuple):
     outcome: Int[Array, ""]
 
 
-class Solver(eqx.Module):
-    """Adan on shared gradients with the adaptive step of Eq. (15)."""
+class AbstractSolver(eqx.Module):
+    """A way to minimise Eq. (12): a pytree of its constants with four methods, of which the last two have a default."""
 
-    settings: Settings
-    sharing: GradientSharing
-    adan: optax.GradientTransformation = eqx.field(static=True)
+    learning_rate: eqx.AbstractVar[float | Float[Array, ""]]
+    """Scale of the steps."""
+    tolerance: eqx.AbstractVar[float | Float[Array, ""]]
+    """Converged when the objective falls by less than this a step."""
 
-    @staticmethod
-    def make(x: Float[Array, "h w 3"], settings: Settings) -> "Solver":
-        """The solver for input ``x``: line 3 of Algorithm 1."""
-        s = settings
-        sharing = bilateral_sharing(
-            x, radius=s.sharing_radius, sigma0=s.sigma0, sigma1=s.sigma1, tolerance=s.sharing_tolerance
-        )
-        return Solver(s, sharing, _ADAN)
-
+    @abc.abstractmethod
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
-        """Start at n0 inside the region, at x outside."""
-        n = jnp.where(problem.region[..., None], n0, problem.x)
-        return State(n, self.adan.init(n), jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, n.dtype), jnp.zeros((), bool))
+        """The state to start from: n0 inside the region, x outside, an infinite objective."""
 
+    @abc.abstractmethod
     def step(self, problem: Problem, state: State) -> State:
-        """Lines 5-7 of Algorithm 1."""
-        s, inside = self.settings, problem.region[..., None]
-        objective, gradient = jax.value_and_grad(problem)(state.n)
-        g = self.sharing(jnp.where(inside, gradient, 0.0))  # Eq. (13)
-        g = jnp.clip(g, -s.clip, s.clip)
-        direction, moments = self.adan.update(g, state.moments)
-        a = jnp.abs(problem.x - state.n)
-        gamma = s.learning_rate * s.gamma0 / jnp.maximum(a, s.delta)  # Eq. (15)
-        n = jnp.clip(state.n - gamma * jnp.asarray(direction), LOWEST, HIGHEST)
-        n = jnp.where(inside, n, problem.x)
-        ok = jnp.isfinite(objective) & jnp.all(jnp.isfinite(n)) & ~state.failed
-        return State(jnp.where(ok, n, state.n), moments, state.steps + 1, jnp.where(ok, objective, state.objective), ~ok)
+        """One step; n stays x outside the region and a valid image inside."""
+
+    def terminate(self, before: State, after: State, num_steps: int) -> Bool[Array, ""]:
+        """Whether to stop, ``num_steps`` after ``before``; inf - finite at the first look, so never there."""
+        return (before.objective - after.objective) / num_steps < self.tolerance
+
+    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: float | Float[Array, ""]) -> Bool[Array, "h w"]:
+        """The anomalous pixels of a solution (Eq. 2), where |a| exceeds ``tau``."""
+        return problem.region & (jnp.linalg.norm(problem.x - n, axis=-1) > tau)
 
 
-_ADAN = scale_by_adan()
-
-
-def solve(problem: Problem, n0: Float[Array, "h w 3"], settings: Settings, max_steps: int | Int[Array, ""]) -> Solution:
+def solve(
+    solver: AbstractSolver,
+    problem: Problem,
+    n0: Float[Array, "h w 3"],
+    *,
+    max_steps: int | Int[Array, ""] = 150,
+    steps_per_check: int = 10,
+) -> Solution:
     """Minimise Eq. (12) from n0: lines 3-8 of Algorithm 1.
 
-    Every ``settings.steps_per_check`` steps the detector refreshes its view of n, and the loop ends where a step gained
-    less than ``settings.tolerance`` on average since the last look (departure: the paper compares two successive steps;
-    ``steps_per_check=1`` is that).
+    Every ``steps_per_check`` steps the detector refreshes its view of n, and the loop ends where the solver says so
+    (departure: the paper compares two successive steps; ``steps_per_check=1`` is that).
     """
-    solver = Solver.make(problem.x, settings)
-    k = settings.steps_per_check
     empty = ~jnp.any(problem.region)
 
+    def advance(problem: Problem, carry):
+        state, steps, failed = carry
+        new = solver.step(problem, state)
+        failed = failed | ~(jnp.isfinite(new.objective) & jnp.all(jnp.isfinite(new.n)))
+        n, objective = jax.tree.map(lambda a, b: jnp.where(failed, a, b), state[:2], new[:2])
+        return State(n, objective, new.memory), steps + 1, failed
+
     def chunk(carry):
-        state, where, _ = carry
-        where = problem.detector.refresh(state.n, where)
+        where, state, steps, failed, _ = carry
+        where = problem.detector.refresh(problem.seen(state.n), where)
         now = dataclasses.replace(problem, where=where)
-        new = jax.lax.fori_loop(0, k, lambda _, s: solver.step(now, s), state)
-        converged = (state.objective - new.objective) / k < settings.tolerance  # never at the first look: inf - finite
-        return new, where, converged
+        carry = state, steps, failed
+        new, steps, failed = jax.lax.fori_loop(0, steps_per_check, lambda _, c: advance(now, c), carry)
+        return where, new, steps, failed, solver.terminate(state, new, steps_per_check)
 
     def going(carry):
-        state, _, converged = carry
-        return ~converged & ~state.failed & (state.steps < max_steps)
+        _, _, steps, failed, converged = carry
+        return ~converged & ~failed & (steps < max_steps)
 
-    state, _, converged = jax.lax.while_loop(going, chunk, (solver.init(problem, n0), problem.where, empty))
+    start = problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty
+    _, state, steps, failed, converged = jax.lax.while_loop(going, chunk, start)
     outcome = jnp.select(
-        [empty, state.failed, converged],
+        [empty, failed, converged],
         [int(Outcome.NOTHING_TO_REFINE), int(Outcome.NON_FINITE), int(Outcome.CONVERGED)],
         int(Outcome.STEP_LIMIT),
     )
-    return Solution(state.n, state.steps, jnp.where(empty, 0.0, state.objective), outcome)
+    return Solution(state.n, steps, jnp.where(empty, 0.0, state.objective), outcome)

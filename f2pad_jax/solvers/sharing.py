@@ -23,35 +23,30 @@ class GradientSharing(eqx.Module):
         return total
 
 
-def bilateral_sharing(
-    x: Float[Array, "h w c"],
-    *,
-    radius: int = 5,
-    sigma0: float = 1.1,
-    sigma1: float | Float[Array, ""] = 3.0,
-    tolerance: float = 2e-4,
-) -> GradientSharing:
-    """Weights of Eq. (14) around every pixel of the input: w ∝ exp(-(i²+j²)/σ0)·exp(-|x_there - x_here|²/σ1).
+class Sharing(eqx.Module):
+    """The constants of Eq. (14): w ∝ exp(-(i²+j²)/σ0)·exp(-|x_there - x_here|²/σ1)."""
 
-    Neighbours beyond the border have weight zero.
+    radius: int = eqx.field(static=True, default=5)
+    """k_s, pixels, static. Paper: 5."""
+    sigma0: float = eqx.field(static=True, default=1.1)
+    """Spatial scale, pixels², static. Paper: 1.1."""
+    sigma1: float | Float[Array, ""] = 3.0
+    """Colour scale, squared normalised intensity. Paper: 3.0."""
+    cutoff: float = eqx.field(static=True, default=2e-4)
+    """Taps of smaller spatial weight are dropped (29 of 121 stay), static. Paper: 0, keeps all."""
 
-    Args:
-        x: input image, normalised intensity.
-        radius: k_s, pixels.
-        sigma0: spatial scale, pixels².
-        sigma1: colour scale, squared normalised intensity.
-        tolerance: taps whose spatial factor is smaller are left out. 2e-4 keeps 29 of the 121 taps of k_s = 5; 0 keeps all.
-    """
-    span = range(-radius, radius + 1)
-    spatial = {(i, j): math.exp(-(i * i + j * j) / sigma0) for i in span for j in span}
-    taps = tuple(tap for tap, weight in spatial.items() if weight >= tolerance)
-    weights = jnp.stack(
-        [
-            spatial[tap] * jnp.exp(-jnp.sum((shifted - x) ** 2, axis=-1) / sigma1)
-            for tap, shifted in zip(taps, _neighbours(x, taps, jnp.inf), strict=True)
-        ]
-    )
-    return GradientSharing(taps, weights / jnp.sum(weights, axis=0))
+    def __call__(self, x: Float[Array, "h w c"]) -> GradientSharing:
+        """The weights around every pixel of the input ``x``, normalised intensity; none beyond the border."""
+        span = range(-self.radius, self.radius + 1)
+        spatial = {(i, j): math.exp(-(i * i + j * j) / self.sigma0) for i in span for j in span}
+        taps = tuple(tap for tap, weight in spatial.items() if weight >= self.cutoff)
+        weights = jnp.stack(
+            [
+                spatial[tap] * jnp.exp(-jnp.sum((shifted - x) ** 2, axis=-1) / self.sigma1)
+                for tap, shifted in zip(taps, _neighbours(x, taps, jnp.inf), strict=True)
+            ]
+        )
+        return GradientSharing(taps, weights / jnp.sum(weights, axis=0))
 
 
 def _neighbours(

@@ -1,0 +1,117 @@
+"""From a decomposition x = n + a to the mask: what the paper thresholds, and what decides better on real defects."""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from f2pad_jax.objective import Problem
+from f2pad_jax.region import filled, opened
+from f2pad_jax.resampling import smoothed
+from f2pad_jax.solvers import AbstractSolver
+
+Scalar = float | Float[Array, ""]
+
+
+class Evidence(NamedTuple):
+    """What is known when the mask is to be drawn."""
+
+    problem: Problem
+    n0: Float[Array, "h w 3"]
+    """The first guess."""
+    n: Float[Array, "h w 3"]
+    """The solution."""
+    excess: Float[Array, "h w"]
+    """The coarse map over its level at the border of m0, from 0 (ordinary) over 1 (the border) upwards."""
+
+
+class AbstractDecision(eqx.Module):
+    """Draws the mask."""
+
+    @abc.abstractmethod
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
+        """The anomalous pixels."""
+
+
+class Residual(AbstractDecision):
+    """The paper's: a ≠ 0 as the solver sees it, opened 3x3 (Eq. 2, Section III-E3)."""
+
+    tau: Scalar = 0.2
+    """|a| counts as 0 up to this, normalised intensity. Paper: 0, which LOG under a gradient method never reaches;
+    :class:`~f2pad_jax.Proximal` does, and needs no τ."""
+
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
+        """|a| > τ, opened."""
+        return opened(solver.postprocess(evidence.problem, evidence.n, self.tau))
+
+
+class Mixture(AbstractDecision):
+    """Residuals and coarse map weighed against each other, by what separates them in this very image.
+
+    Departure from the paper, whose |a| > τ has no place for the coarse map: on real defects parts of which look like the
+    object, or which n can't undo, a is 0 or noise where the map is plain.
+
+    Each pixel of the region is anomalous or not, with prior odds from the coarse map. The logarithms of two residuals,
+    of x from the first guess n0 and from the solution n, are Gaussian in either class. Expectation-maximisation finds the
+    Gaussians and the posterior of every pixel, and a mean-field Potts term lets neighbours agree. Where the residual
+    splits the region in two, as a pasted colour does, the Gaussians are far apart and it decides to the pixel; where it
+    does not, they coincide and the map decides. No threshold, and nothing to calibrate.
+
+    A residual is the least distance of a pixel of x to those of n around it, so that structure restored a pixel or two
+    from its place is no anomaly.
+    """
+
+    steepness: Scalar = 4.0
+    """Prior log-odds a factor e of the coarse map."""
+    coupling: Scalar = 4.0
+    """Log-odds of a pixel all of whose neighbours agree."""
+    sigma: float = eqx.field(static=True, default=2.0)
+    """Width of the neighbourhood, pixels, static."""
+    tolerance: int = eqx.field(static=True, default=2)
+    """Displacement that is no anomaly, pixels, static."""
+    floor: Scalar = 0.05
+    """Residual below which differences do not count, normalised intensity."""
+    spread: Scalar = 0.25
+    """Least standard deviation of a log-residual within a class."""
+    num_steps: int = eqx.field(static=True, default=15)
+    """Rounds of expectation-maximisation, static."""
+
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
+        """Where the posterior exceeds one half, opened, with what it encloses."""
+        return filled(opened(self.posterior(evidence) > 0.5))
+
+    def posterior(self, evidence: Evidence) -> Float[Array, "h w"]:
+        """The probability of an anomaly; 0 outside the region."""
+        problem, n0, n, excess = evidence
+        x, region = problem.x, problem.region.astype(problem.x.dtype)
+        residuals = [tolerant_residual(x, m, self.tolerance) for m in (n0, n)]
+        values = jnp.log(jnp.stack(residuals, axis=-1) + self.floor)
+        prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
+
+        def log_density(weight: Float[Array, "h w"]) -> Float[Array, "h w"]:
+            """Of a Gaussian fitted with these weights."""
+            weight = weight / jnp.maximum(jnp.sum(weight), 1e-6)
+            centred = values - jnp.einsum("hw,hwd->d", weight, values)
+            covariance = jnp.einsum("hw,hwd,hwe->de", weight, centred, centred) + self.spread**2 * jnp.eye(2)
+            square = jnp.einsum("hwd,de,hwe->hw", centred, jnp.linalg.inv(covariance), centred)
+            return -0.5 * (square + jnp.linalg.slogdet(covariance)[1])
+
+        def update(_, q: Float[Array, "h w"]) -> Float[Array, "h w"]:
+            ratio = log_density(region * q) - log_density(region * (1 - q))
+            return region * jax.nn.sigmoid(prior + ratio + self.coupling * smoothed(2 * q - 1, self.sigma))
+
+        return jax.lax.fori_loop(0, self.num_steps, update, region * jax.nn.sigmoid(prior))
+
+
+def tolerant_residual(x: Float[Array, "h w 3"], n: Float[Array, "h w 3"], radius: int) -> Float[Array, "h w"]:
+    """The distance of each pixel of x to the most similar one of n at most ``radius`` pixels away in either direction."""
+    h, w, _ = x.shape
+    padded = jnp.pad(n, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    least = jnp.full((h, w), jnp.inf, x.dtype)
+    for i in range(2 * radius + 1):
+        for j in range(2 * radius + 1):
+            least = jnp.minimum(least, jnp.sum((x - padded[i : i + h, j : j + w]) ** 2, axis=-1))
+    return jnp.sqrt(least)

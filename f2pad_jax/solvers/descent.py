@@ -1,0 +1,130 @@
+"""Solvers: descent along a shared gradient with any optax optimiser, and its proximal kin."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from f2pad_jax.objective import Problem, norm, sparsity_loss
+from f2pad_jax.solvers.adan import ScaleByAdanState, scale_by_adan
+from f2pad_jax.solvers.loop import AbstractSolver, State
+from f2pad_jax.solvers.sharing import GradientSharing, Sharing
+from f2pad_jax.units import HIGHEST, LOWEST
+
+Scalar = float | Float[Array, ""]
+
+
+_ADAN = optax.chain(scale_by_adan(), optax.scale(-1.0))
+
+
+class Memory(NamedTuple):
+    """What a descent carries from step to step."""
+
+    share: GradientSharing | None
+    """Fixed by the input: line 3 of Algorithm 1."""
+    moments: Any
+
+
+class Descent(AbstractSolver):
+    """The paper's solver, its ablations, and any optax optimiser in its place: lines 3-8 of Algorithm 1.
+
+    ``Descent(sharing=None)`` is plain Adan (Fig. 10), ``Descent(gamma0=None)`` has no adaptive step, and
+    ``Descent(optimiser=optax.adam(0.05), learning_rate=1.0)`` is another method. Optimisers that take the objective, as
+    line searches do, are given it: ``Descent(optimiser=optax.lbfgs(), learning_rate=1.0, gamma0=None, sharing=None)``.
+    """
+
+    optimiser: optax.GradientTransformation = eqx.field(
+        static=True, default=optax.chain(scale_by_adan(), optax.scale(-1.0))
+    )
+    """Its updates, times the step size, are added to n. Paper: Adan."""
+    learning_rate: Scalar = 0.3
+    """Step before Eq. (15), normalised intensity for Adan; 1 where the optimiser has a rate of its own.
+    Paper: not stated."""
+    gamma0: Scalar | None = 1.0
+    """γ0 of Eq. (15); None for no adaptive step. Paper: 1.0."""
+    delta: Scalar = 1.0
+    """Floor of |a| in Eq. (15), normalised intensity. Paper: none, and the step diverges as a -> 0."""
+    clip: Scalar = float("inf")
+    """Bound on each component of the shared gradient. Paper: 0.03 at an unstated scale of the loss; at ours it hurts."""
+    sharing: Sharing | None = Sharing()
+    """Eq. (13)-(14); None for the gradient as it is."""
+    tolerance: Scalar = 0.05
+    """Converged when the objective falls by less than this a step. Paper: 0.05, PaDiM 0.1, at an unstated scale."""
+
+    def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
+        """n0 inside the region, x outside; the weights of Eq. (14)."""
+        n = jnp.where(problem.region[..., None], n0, problem.x)
+        share = None if self.sharing is None else self.sharing(problem.x)
+        return State(n, jnp.asarray(jnp.inf, n.dtype), Memory(share, self.optimiser.init(n)))
+
+    def step(self, problem: Problem, state: State) -> State:
+        """Lines 5-7 of Algorithm 1."""
+        inside, (share, moments) = problem.region[..., None], state.memory
+        objective, gradient = jax.value_and_grad(problem)(state.n)
+        g = shared(gradient, inside, share, self.clip)
+        optimiser = optax.with_extra_args_support(self.optimiser)
+        updates, moments = optimiser.update(g, moments, state.n, value=objective, grad=g, value_fn=problem)
+        gamma = step_size(self.learning_rate, self.gamma0, self.delta, problem.x - state.n)
+        n = jnp.where(inside, jnp.clip(state.n + gamma * jnp.asarray(updates), LOWEST, HIGHEST), problem.x)
+        return State(n, objective, Memory(share, moments))
+
+
+class Proximal(AbstractSolver):
+    """Adan on the smooth terms, then the penalty's proximal map: a pixel is anomalous exactly where a ≠ 0 (Eq. 2).
+
+    The moments are Adan's, but a pixel's channels share one step size, the metric in which the penalty, which takes or
+    leaves pixels whole, has its proximal map in closed form. Departure: the paper descends LOG like the rest.
+    """
+
+    learning_rate: Scalar = 0.3
+    """As :class:`Descent`'s."""
+    momentum: tuple[float, float, float] = eqx.field(static=True, default=(0.98, 0.92, 0.99))
+    """Adan's betas."""
+    sharing: Sharing | None = Sharing()
+    """Eq. (13)-(14)."""
+    tolerance: Scalar = 0.05
+    """As :class:`Descent`'s."""
+
+    def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
+        """n0 inside the region, x outside; the weights of Eq. (14)."""
+        n = jnp.where(problem.region[..., None], n0, problem.x)
+        share = None if self.sharing is None else self.sharing(problem.x)
+        return State(n, jnp.asarray(jnp.inf, n.dtype), Memory(share, scale_by_adan(*self.momentum).init(n)))
+
+    def step(self, problem: Problem, state: State) -> State:
+        """N ← x - prox(x - (n - η·d))."""
+        inside, (share, moments) = problem.region[..., None], state.memory
+        smooth, gradient = jax.value_and_grad(problem.smooth)(state.n)
+        objective = smooth + problem.weights.beta * sparsity_loss(problem.penalty, problem.x - state.n, problem.region)
+        g = shared(gradient, inside, share, jnp.inf)
+        direction, updated = scale_by_adan(*self.momentum).update(g, moments)
+        assert isinstance(updated, ScaleByAdanState)
+        root = jnp.sqrt(updated.s / (1 - self.momentum[2] ** updated.count))
+        eta = self.learning_rate / (jnp.sqrt(jnp.mean(root**2, axis=-1, keepdims=True)) + 1e-8)
+        d = root * jnp.asarray(direction)
+        a = problem.x - jnp.clip(state.n - eta * d, LOWEST, HIGHEST)
+        size = norm(a)
+        kept = problem.penalty.shrunk(size, problem.weights.beta * eta[..., 0]) / jnp.maximum(size, 1e-8)
+        n = jnp.where(inside & (kept[..., None] > 0), problem.x - kept[..., None] * a, problem.x)
+        return State(n, objective, Memory(share, updated))
+
+    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Any:
+        """Where a ≠ 0; ``tau`` isn't needed."""
+        del tau
+        return problem.region & jnp.any(n != problem.x, axis=-1)
+
+
+def shared(gradient: Array, inside: Array, share: GradientSharing | None, clip: Scalar) -> Float[Array, "h w 3"]:
+    """The gradient inside the region, shared (Eq. 13), clipped."""
+    g = jnp.where(inside, gradient, 0.0)
+    return jnp.clip(g if share is None else share(g), -clip, clip)
+
+
+def step_size(learning_rate: Scalar, gamma0: Scalar | None, delta: Scalar, a: Float[Array, "h w 3"]) -> Array:
+    """Eq. (15), per channel, with |a| floored: γ = rate·γ0/max(|a|, δ)."""
+    if gamma0 is None:
+        return jnp.asarray(learning_rate)
+    return learning_rate * gamma0 / jnp.maximum(jnp.abs(a), delta)

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import calibration
+from test_solver import MeanColour
+
+from f2pad_jax import Descent, Evidence, Mixture, Problem, Residual
+from f2pad_jax.masks import tolerant_residual
+
+SIZE = 48
+
+
+def problem(x, region):
+    return Problem.make(MeanColour(jnp.zeros(3), calibration()), jnp.asarray(x), jnp.asarray(region), None)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def region():
+    region = np.zeros((SIZE, SIZE), bool)
+    region[6:42, 6:42] = True
+    return region
+
+
+@pytest.fixture
+def excess():
+    """A blob around the middle, 1 on a circle of radius 12."""
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    return jnp.asarray(2 ** (1 - (y**2 + x**2) / 144), jnp.float32)
+
+
+def iou(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return (a & b).sum() / (a | b).sum()
+
+
+def naive_tolerant(x, n, radius):
+    h, w, _ = x.shape
+    out = np.empty((h, w))
+    for i in range(h):
+        for j in range(w):
+            near = n[max(i - radius, 0) : i + radius + 1, max(j - radius, 0) : j + radius + 1]
+            out[i, j] = np.sqrt(((near - x[i, j]) ** 2).sum(-1).min())
+    return out
+
+
+@pytest.mark.parametrize("radius", [0, 1, 3])
+def test_tolerant_residual_equals_a_search_around_every_pixel(rng, radius):
+    x, n = rng.standard_normal((2, 9, 13, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        tolerant_residual(jnp.asarray(x), jnp.asarray(n), radius), naive_tolerant(x, n, radius), rtol=1e-5
+    )
+
+
+def test_structure_displaced_within_the_tolerance_is_no_residual(rng):
+    n = rng.standard_normal((20, 20, 3)).astype(np.float32)
+    x = np.roll(n, (2, -1), axis=(0, 1))
+    inner = np.s_[3:-3, 3:-3]
+    assert float(np.max(np.asarray(tolerant_residual(jnp.asarray(x), jnp.asarray(n), 2))[inner])) < 1e-6
+    assert float(np.mean(np.asarray(tolerant_residual(jnp.asarray(x), jnp.asarray(n), 1))[inner])) > 0.1
+
+
+def test_a_sharp_residual_overrules_the_coarse_map(rng, region, excess):
+    """A square patch off the map's centre comes out as the square, not as the map's disc."""
+    truth = np.zeros((SIZE, SIZE), bool)
+    truth[14:30, 18:36] = True
+    n = 0.05 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
+    x = n + 0.03 * rng.standard_normal(n.shape).astype(np.float32) + 1.5 * truth[..., None]
+    mask = Mixture()(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess))
+    assert iou(mask, truth) > 0.97 > 0.8 > iou((excess > 1) & region, truth)
+
+
+def test_a_residual_that_says_nothing_leaves_the_coarse_map(rng, region, excess):
+    n = np.zeros((SIZE, SIZE, 3), np.float32)
+    x = 0.3 * rng.standard_normal(n.shape).astype(np.float32)
+    mask = Mixture()(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess))
+    assert iou(mask, (excess > 1) & region) > 0.85
+
+
+def test_what_a_defect_encloses_belongs_to_it(rng, region, excess):
+    ring = np.zeros((SIZE, SIZE), bool)
+    ring[12:36, 12:36] = True
+    hole = np.zeros_like(ring)
+    hole[20:28, 20:28] = True
+    n = np.zeros((SIZE, SIZE, 3), np.float32)
+    x = n + 0.02 * rng.standard_normal(n.shape).astype(np.float32) + (ring & ~hole)[..., None]
+    mask = np.asarray(Mixture()(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess)))
+    assert mask[hole].all() and iou(mask, ring) > 0.97
+
+
+def test_posteriors_are_probabilities_and_zero_outside(rng, region, excess):
+    x, n0, n = (jnp.asarray(a) for a in rng.standard_normal((3, SIZE, SIZE, 3)).astype(np.float32))
+    posterior = np.asarray(Mixture().posterior(Evidence(problem(x, region), n0, n, excess)))
+    assert (posterior >= 0).all() and (posterior <= 1).all() and (posterior[~region] == 0).all()
+
+
+@pytest.mark.parametrize("decision", [Mixture(), Residual()], ids=["mixture", "residual"])
+def test_extremes_give_finite_answers(decision, region, excess):
+    """Nothing to explain, everything the same, no region at all."""
+    x = jnp.zeros((SIZE, SIZE, 3))
+    for n, where in ((x, region), (x + 2, region), (x, ~region & region), (x, region | True)):
+        evidence = Evidence(problem(x, where), n, n, excess)
+        mask = np.asarray(jax.jit(lambda e: decision(Descent(), e))(evidence))
+        assert not mask[~where].any()
+        if isinstance(decision, Mixture):
+            assert np.isfinite(np.asarray(decision.posterior(evidence))).all()
+
+
+def test_the_papers_mask_is_the_opened_residual_above_tau(region, excess):
+    n = np.zeros((SIZE, SIZE, 3), np.float32)
+    x = n.copy()
+    x[10:20, 10:20, 0] = 0.5
+    x[30, 30] = 0.5  # a dot the opening removes
+    x[10:20, 30:38, 1] = 0.15
+    found = Residual(0.2)(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess))
+    expected = np.zeros((SIZE, SIZE), bool)
+    expected[10:20, 10:20] = True
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_masks_of_a_batch_equal_those_alone(rng, region, excess):
+    xs, ns = (jnp.asarray(a) for a in rng.standard_normal((2, 3, SIZE, SIZE, 3)).astype(np.float32))
+
+    def posterior(x, n):
+        return Mixture().posterior(Evidence(problem(x, region), n, n, excess))
+
+    together = jax.jit(jax.vmap(posterior))(xs, ns)
+    for x, n, found in zip(xs, ns, together, strict=True):
+        np.testing.assert_allclose(jax.jit(posterior)(x, n), found, atol=1e-4)
