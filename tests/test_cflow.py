@@ -14,7 +14,7 @@ import scipy.stats
 from conftest import check_map_of_batches, maps_of, smooth_image
 from flax import nnx
 
-from f2pad_jax import CFlow, CheckpointError
+from f2pad_jax import CFlow, CheckpointError, OptionError
 from f2pad_jax.backbones import BACKBONES, find_network
 from f2pad_jax.detectors.base import NormalImages
 from f2pad_jax.detectors.cflow import (
@@ -700,3 +700,11 @@ def test_file_with_another_count_of_meta_epochs_is_refused(state_file, small_ima
     state_file.write_bytes(data.replace(b'"epochs":"1"', b'"epochs":"2"'))
     with pytest.raises(CheckpointError, match="damaged"):
         CFlow.fit(small_images, shallowest, resume=state_file, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_blocks": 0}, {"meta_epochs": 0}, {"sub_epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}]
+)
+def test_options_that_make_no_sense_are_refused(backbone, options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        CFlow.fit(NormalImages([], (SIZE, SIZE)), backbone, **options)

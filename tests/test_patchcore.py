@@ -9,7 +9,7 @@ import pytest
 import scipy.ndimage
 from conftest import calibration, maps_of, smooth_image
 
-from f2pad_jax import NormalImages, PatchCore
+from f2pad_jax import NormalImages, OptionError, PatchCore
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.detectors.patchcore import BLOCK, Candidates, coreset, embed, nearest
 from f2pad_jax.units import MEAN, STD, normalise
@@ -316,3 +316,11 @@ def test_fewer_candidates_than_asked_for_when_the_bank_is_small(detector, images
     small = replace(detector, memory_bank=detector.memory_bank[:4])
     where = jax.eval_shape(PatchCore.locate, small, images[0], CORNER)
     assert where.indices.shape == (POSITIONS, 4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"coreset_ratio": 0.0}, {"coreset_ratio": 7.0}, {"max_bank": 0}, {"num_candidates": 0}, {"projection": 0}]
+)
+def test_options_that_make_no_sense_are_refused(images, shallow, options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        PatchCore.fit(NormalImages([], (SIZE, SIZE)), shallow, **options)

@@ -17,7 +17,7 @@ from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.checkpoints import content_checksum, read_safetensors, write_safetensors
 from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, extract, silent
-from f2pad_jax.errors import CheckpointError
+from f2pad_jax.errors import CheckpointError, OptionError
 
 CONDITION = 128
 """Channels of the position encoding."""
@@ -171,7 +171,13 @@ class CFlow(AbstractDetector):
 
         Raises:
             CheckpointError: ``resume`` is damaged, or of a run with other images, weights or options.
+            OptionError: a count or the learning rate is not positive.
         """
+        if min(num_blocks, meta_epochs, sub_epochs, batch_size) < 1 or learning_rate <= 0:
+            raise OptionError(
+                f"num_blocks {num_blocks}, meta_epochs {meta_epochs}, sub_epochs {sub_epochs}, batch_size {batch_size} and "
+                f"learning_rate {learning_rate} must be positive"
+            )
         rng = np.random.default_rng(seed)
         shapes = [m.shape for m in jax.eval_shape(extract, backbone, images[0])]
         conditions = [jnp.asarray(position_encoding(h, w).reshape(h * w, -1)) for h, w, _ in shapes]

@@ -12,6 +12,7 @@ from scipy.spatial.distance import cdist
 
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract, silent
+from f2pad_jax.errors import OptionError
 
 BLOCK = 512
 """Positions handled at a time by the neighbour searches; bounds their memory."""
@@ -63,7 +64,16 @@ class PatchCore(AbstractDetector):
             max_bank: most features kept.
             num_candidates: |M_ij| of Eq. (5).
             projection: dimensions of the random projection distances are measured in.
+
+        Raises:
+            OptionError: the ratio is not above 0 and at most 1, or a count not positive.
         """
+        if not 0 < coreset_ratio <= 1:
+            raise OptionError(f"coreset_ratio {coreset_ratio} is not above 0 and at most 1")
+        if min(max_bank, num_candidates, projection) < 1:
+            raise OptionError(
+                f"max_bank {max_bank}, num_candidates {num_candidates} and projection {projection} must be at least 1"
+            )
         rng = np.random.default_rng(seed)
         embed_jit, points, matrix, count = jax.jit(embed), None, None, 0
         for i in range(len(images)):
