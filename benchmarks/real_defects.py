@@ -1,52 +1,70 @@
-"""Real defects of one category: ``python benchmarks/real_defects.py FOLDER`` (MVTec layout).
+"""Masks of real defects: ``python benchmarks/real_defects.py FOLDER ... --weights FILE [--images N]``.
 
-Fits PatchCore on ``train/good``, refines everything under ``test``, and prints the mean IoU over defective images of the
-coarse mask at its label-free threshold, of the coarse map at the F1-optimal threshold (labels), and of the refined mask,
-all at the detector's 224x224 with ground truth resized by nearest neighbour; and how many good images keep an empty mask.
+Fits PatchCore on ``train/good`` of folders in MVTec layout and prints the mean IoU over the defective images of ``test``,
+at 224x224 (ground truth resized by nearest neighbour, > 0.5), of the coarse mask at its label-free threshold, of the guided
+filter and GrabCut started from it, and of the refined mask; and how many good images keep an empty mask.
 """
 
-import sys
+import argparse
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
-import PIL.Image
 from detectors import read_mask
 
 import f2pad_jax
 from f2pad_jax.data.images import list_images, read_image
-from f2pad_jax.evaluation.metrics import best_threshold, iou
+from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.evaluation.peers import grabcut, guided_mask
+from f2pad_jax.units import resized, to_unit
 
 
-def main(folder: Path) -> None:
-    """Fit, refine, print."""
+def measure(folder: Path, backbone: f2pad_jax.Backbone, limit: int | None) -> None:
+    """One category."""
     normal = [read_image(path) for path, _ in list_images([folder / "train" / "good"])]
-    detector = f2pad_jax.fit(f2pad_jax.PatchCore, normal, "efficientnet-lite0")
-    print(f"{folder.name}: fitted on {len(normal)} images, threshold {float(detector.calibrated.threshold):.2f}")
-    rows, maps, truths, good = [], [], [], []
-    for path, relative in list_images([folder / "test"]):
-        image = np.asarray(PIL.Image.fromarray(read_image(path)).resize(detector.size[::-1], PIL.Image.Resampling.BILINEAR))
+    detector = f2pad_jax.fit(f2pad_jax.PatchCore, normal, backbone)
+    tests = list_images([folder / "test"])
+    defective = [t for t in tests if t[1].parts[0] != "good"]
+    good = [t for t in tests if t[1].parts[0] == "good"]
+    if limit:  # spread over the kinds of defect
+        defective = [defective[i] for i in np.linspace(0, len(defective) - 1, min(limit, len(defective))).astype(int)]
+        good = good[:limit]
+    rows, empty, began = [], [], time.perf_counter()
+    for path, relative in [*defective, *good]:
+        image = np.asarray(resized(to_unit(read_image(path)), detector.size))
         result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image))
-        kind = relative.parts[0]
-        if kind == "good":
-            good.append((not result.coarse_mask.any(), not result.mask.any()))
+        if relative.parts[0] == "good":
+            empty.append((not result.coarse_mask.any(), not result.mask.any()))
             continue
         truth = read_mask(folder, path, relative)
-        maps.append(result.coarse_map)
-        truths.append(truth)
-        rows.append((iou(result.coarse_mask, truth), iou(result.mask, truth)))
-        print(f"  {relative}: coarse {rows[-1][0]:.3f}, refined {rows[-1][1]:.3f}, {int(result.steps)} steps", flush=True)
-    best = best_threshold(np.stack(maps), np.stack(truths))
-    optimal = np.mean([iou(m > best, t) for m, t in zip(maps, truths, strict=True)])
-    coarse, refined = np.mean(rows, axis=0)
+        m0 = result.coarse_mask
+        masks = (m0, guided_mask(image, m0), grabcut(image, m0, result.region), result.mask)
+        rows.append([iou(mask, truth) for mask in masks])
+        print(f"  {relative}: {' '.join(f'{v:.3f}' for v in rows[-1])}, {int(result.steps)} steps", flush=True)
+    coarse, guided, cut, refined = np.mean(rows, axis=0)
+    seconds = (time.perf_counter() - began) / (len(rows) + len(empty))
     print(
-        f"mean IoU of {len(rows)} defects: coarse {coarse:.3f} (F1-optimal threshold {optimal:.3f}), refined {refined:.3f}"
+        f"{folder.name:12} {len(rows):3} defects  IoU coarse {coarse:.3f}, guided filter {guided:.3f}, GrabCut {cut:.3f}, "
+        f"refined {refined:.3f}; of {len(empty)} good images {sum(e[0] for e in empty)} have an empty coarse mask and "
+        f"{sum(e[1] for e in empty)} an empty refined one; {seconds:.1f} s an image",
+        flush=True,
     )
-    print(
-        f"of {len(good)} good images, {sum(g[0] for g in good)} have an empty coarse mask, "
-        f"{sum(g[1] for g in good)} an empty refined mask"
-    )
+
+
+def main() -> None:
+    """All folders."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
+    parser.add_argument("--weights")
+    parser.add_argument("--images", type=int, help="at most this many defective and good images of a folder")
+    arguments = parser.parse_args()
+    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
+    for folder in arguments.folders:
+        measure(folder, backbone, arguments.images)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
