@@ -21,8 +21,7 @@ class SignDescent(f2pad_jax.AbstractSolver):
 
     def init(self, problem: f2pad_jax.Problem, n0: Float[Array, "h w 3"]) -> f2pad_jax.State:
         """The count of steps and the weights of Eq. (14) are what it remembers."""
-        n = jnp.where(problem.region[..., None], n0, problem.x)
-        return f2pad_jax.State(n, jnp.asarray(jnp.inf), (jnp.zeros(()), f2pad_jax.Sharing()(problem.x)))
+        return f2pad_jax.start(problem, n0, (jnp.zeros(()), f2pad_jax.Sharing()(problem.x)))
 
     def step(self, problem: f2pad_jax.Problem, state: f2pad_jax.State) -> f2pad_jax.State:
         """One step, inside the region and inside the range of valid images."""

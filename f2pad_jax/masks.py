@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from f2pad_jax.objective import Problem
 from f2pad_jax.region import filled, opened
-from f2pad_jax.resampling import smoothed
+from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
 
 Scalar = float | Float[Array, ""]

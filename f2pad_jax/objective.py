@@ -11,7 +11,6 @@ from f2pad_jax.detectors.base import AbstractDetector, Where
 from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.prior import PixelPrior
 from f2pad_jax.region import affected_positions
-from f2pad_jax.resampling import Resampling
 
 Scalar = float | Float[Array, ""]
 
@@ -50,8 +49,6 @@ class Problem(eqx.Module):
     """Positions that enter l_n, one map per scored layer."""
     weights: Weights
     penalty: AbstractPenalty = Log()
-    view: Resampling | None = None
-    """How the detector sees n; None: as it is."""
 
     @staticmethod
     def make(
@@ -65,44 +62,41 @@ class Problem(eqx.Module):
         beta: Scalar = 0.0,
         penalty: AbstractPenalty | None = None,
         reach: int | None = 8,
-        view: Resampling | None = None,
     ) -> "Problem":
         """The problem of optimising ``region``; ``where`` is the detector's view of the window.
 
         Args:
-            reach: positions within this many of the detector's pixels of the region enter l_n; None: all.
+            reach: positions within this many pixels of the region enter l_n; None: all.
         """
-        seen, touched = (x, region) if view is None else (view(x), view.touched(region))
-        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, seen, where)]
-        affected = tuple(affected_positions(touched, shape, reach) for shape in shapes)
-        return Problem(detector, x, region, where, affected, Weights(alpha1, alpha2, beta), penalty or Log(), view)
+        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, x, where)]
+        affected = tuple(affected_positions(region, shape, reach) for shape in shapes)
+        return Problem(detector, x, region, where, affected, Weights(alpha1, alpha2, beta), penalty or Log())
 
     def with_beta(self, beta: Scalar) -> "Problem":
         """The same problem with another weight of the sparsity term."""
         return eqx.tree_at(lambda p: p.weights.beta, self, beta)
 
-    def seen(self, n: Float[Array, "h w 3"]) -> Float[Array, "_h _w 3"]:
-        """N as the detector sees it."""
-        return n if self.view is None else self.view(n)
-
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
         return Terms(
-            feature_loss(self.detector, self.seen(n), self.where, self.affected),
+            feature_loss(self.detector, n, self.where, self.affected),
             pixel_prior_loss(self.detector.calibrated.prior, n, self.region),
             total_variation(n),
-            sparsity_loss(self.penalty, self.x - n, self.region),
+            self.sparsity(n),
         )
 
     def __call__(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
         """Eq. (12): l_n(n) + α1·l_p1(n) + α2·l_p2(n) + β·l_a(x - n)."""
-        t, w = self.terms(n), self.weights
-        return t.feature + w.alpha1 * t.prior + w.alpha2 * t.variation + w.beta * t.sparsity
+        return self.smooth(n) + self.weights.beta * self.sparsity(n)
 
     def smooth(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
         """Eq. (12) without its sparsity term."""
         t, w = self.terms(n), self.weights
         return t.feature + w.alpha1 * t.prior + w.alpha2 * t.variation
+
+    def sparsity(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
+        """l_a(x - n)."""
+        return sparsity_loss(self.penalty, self.x - n, self.region)
 
 
 def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scalar) -> Float[Array, ""]:
@@ -116,14 +110,9 @@ def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scala
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
     times too large and n returns to x. ``Settings.beta0`` selects :func:`paper_weight`.
     """
-
-    def sparse(n: Float[Array, "h w 3"]) -> Float[Array, ""]:
-        return sparsity_loss(problem.penalty, problem.x - n, problem.region)
-
-    seen = problem.seen(problem.x)
-    scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
+    scores = problem.detector.scores(problem.x, problem.detector.refresh(problem.x, problem.where))
     evidence = sum(jnp.sum(a * jnp.maximum(s - 1, 0)) for a, s in zip(problem.affected, scores, strict=True))
-    span = sparse(n0) - sparse(problem.x)
+    span = problem.sparsity(n0) - problem.sparsity(problem.x)
     return sparsity * evidence / jnp.maximum(span, 1.0)
 
 

@@ -126,7 +126,7 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     x = normalise(resized(image, detector.size))
     anomaly_map = detector.anomaly_map(x)
     excess = detector.excess(anomaly_map)
-    mask = excess > 1
+    mask = detector.coarse_mask(anomaly_map)
     return Coarse(x, anomaly_map, excess, mask, regions.suspect_region(mask, excess > settings.spill, settings.dilation))
 
 
@@ -167,7 +167,8 @@ def solve_window(
         problem = problem.with_beta(sparse * beta)
         solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
         solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
-        mask = s.decision(solver, Evidence(problem, n0, solution.n, crop(coarse.excess)))  # line 9
+        evidence = Evidence(problem, n0, solution.n, crop(coarse.excess))
+        mask = jax.lax.cond(sparse > 0, lambda: s.decision(solver, evidence), lambda: region)  # line 9
         return mask, (mask, solution)
 
     # first the mask; then n again inside it, with β = 0 and gentler steps (line 10): one program, run twice

@@ -14,7 +14,7 @@ from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import ImageError
 from f2pad_jax.prior import PixelPrior
-from f2pad_jax.resampling import smoothed
+from f2pad_jax.smoothing import smoothed
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
 
 Where = Any
@@ -170,13 +170,13 @@ class AbstractDetector(eqx.Module):
     def excess(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, "h w"]:
         """How far the map is above the ordinary level (0), in units of the border of m0 (1)."""
         c = self.calibrated
-        level = jnp.maximum(c.threshold, upper_half(anomaly_map, c.ordinary))
+        level = jnp.maximum(c.threshold, half_height(anomaly_map, c.ordinary))
         return jnp.maximum(anomaly_map - c.ordinary, 0) / jnp.maximum(level - c.ordinary, 1e-6)
 
 
-def upper_half(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
+def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
     """Half-way from the ordinary level to a map's maximum."""
-    return jnp.asarray((ordinary + jnp.max(jnp.asarray(anomaly_map))) / 2)
+    return (ordinary + jnp.max(jnp.asarray(anomaly_map))) / 2
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, silent, upper_half
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, half_height, silent
 from f2pad_jax.errors import ImageError
 from f2pad_jax.evaluation.metrics import best_threshold
 from f2pad_jax.prior import fit_prior
@@ -140,7 +140,7 @@ def calibrate(
             masks += [np.zeros(images.size, bool), defective.mask]
     progress("threshold", len(images), len(images))
     lowest = min(float(np.min(m)) for m in maps)  # what is in the lower half belongs to no mask, whatever the threshold
-    maps = np.stack([np.where(m > upper_half(m, ordinary), m, lowest) for m in maps])
+    maps = np.stack([np.where(m > half_height(m, ordinary), m, lowest) for m in maps])
     threshold = best_threshold(maps, np.stack(masks))
     threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
     return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))

@@ -8,5 +8,6 @@ from f2pad_jax.solvers.loop import Outcome as Outcome
 from f2pad_jax.solvers.loop import Solution as Solution
 from f2pad_jax.solvers.loop import State as State
 from f2pad_jax.solvers.loop import solve as solve
+from f2pad_jax.solvers.loop import start as start
 from f2pad_jax.solvers.sharing import GradientSharing as GradientSharing
 from f2pad_jax.solvers.sharing import Sharing as Sharing

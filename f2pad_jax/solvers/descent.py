@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from f2pad_jax.objective import Problem, norm, sparsity_loss
+from f2pad_jax.objective import Problem, norm
 from f2pad_jax.solvers.adan import ScaleByAdanState, scale_by_adan
-from f2pad_jax.solvers.loop import AbstractSolver, State
+from f2pad_jax.solvers.loop import AbstractSolver, State, start
 from f2pad_jax.solvers.sharing import GradientSharing, Sharing
 from f2pad_jax.units import HIGHEST, LOWEST
 
@@ -26,6 +26,13 @@ class Memory(NamedTuple):
     share: GradientSharing | None
     """Fixed by the input: line 3 of Algorithm 1."""
     moments: Any
+
+    @staticmethod
+    def of(
+        sharing: Sharing | None, optimiser: optax.GradientTransformation, x: Float[Array, "h w 3"], n: Float[Array, "h w 3"]
+    ) -> "Memory":
+        """Before the first step from ``n`` on the input ``x``."""
+        return Memory(None if sharing is None else sharing(x), optimiser.init(n))
 
 
 class Descent(AbstractSolver):
@@ -56,9 +63,8 @@ class Descent(AbstractSolver):
 
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """n0 inside the region, x outside; the weights of Eq. (14)."""
-        n = jnp.where(problem.region[..., None], n0, problem.x)
-        share = None if self.sharing is None else self.sharing(problem.x)
-        return State(n, jnp.asarray(jnp.inf, n.dtype), Memory(share, self.optimiser.init(n)))
+        state = start(problem, n0, None)
+        return state._replace(memory=Memory.of(self.sharing, self.optimiser, problem.x, state.n))
 
     def step(self, problem: Problem, state: State) -> State:
         """Lines 5-7 of Algorithm 1."""
@@ -90,15 +96,14 @@ class Proximal(AbstractSolver):
 
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """n0 inside the region, x outside; the weights of Eq. (14)."""
-        n = jnp.where(problem.region[..., None], n0, problem.x)
-        share = None if self.sharing is None else self.sharing(problem.x)
-        return State(n, jnp.asarray(jnp.inf, n.dtype), Memory(share, scale_by_adan(*self.momentum).init(n)))
+        state = start(problem, n0, None)
+        return state._replace(memory=Memory.of(self.sharing, scale_by_adan(*self.momentum), problem.x, state.n))
 
     def step(self, problem: Problem, state: State) -> State:
-        """N ← x - prox(x - (n - η·d))."""
+        """One proximal step, n ← x - prox(x - (n - η·d))."""
         inside, (share, moments) = problem.region[..., None], state.memory
         smooth, gradient = jax.value_and_grad(problem.smooth)(state.n)
-        objective = smooth + problem.weights.beta * sparsity_loss(problem.penalty, problem.x - state.n, problem.region)
+        objective = smooth + problem.weights.beta * problem.sparsity(state.n)
         g = shared(gradient, inside, share, jnp.inf)
         direction, updated = scale_by_adan(*self.momentum).update(g, moments)
         assert isinstance(updated, ScaleByAdanState)

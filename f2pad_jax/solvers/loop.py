@@ -20,7 +20,6 @@ class Outcome(enum.IntEnum):
     STEP_LIMIT = 1
     NOTHING_TO_REFINE = 2
     NON_FINITE = 3
-    COVERED = 4
 
     @property
     def message(self) -> str:
@@ -33,8 +32,6 @@ _MESSAGES = {
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
     Outcome.NOTHING_TO_REFINE: "no pixel of the coarse map exceeds the threshold: the image is good, the mask empty",
     Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
-    Outcome.COVERED: "the suspect region covers the image, nothing normal is left to restore it from: the coarse mask was "
-    "kept (is it the detector's kind of image? is the threshold too low?)",
 }
 
 
@@ -46,6 +43,12 @@ class State(NamedTuple):
     """Before the last step."""
     memory: Any
     """The solver's own: moments, fixed weights."""
+
+
+def start(problem: Problem, n0: Float[Array, "h w 3"], memory: Any) -> State:
+    """The state with n0 inside the region, x outside, and an objective anything improves on."""
+    n = jnp.where(problem.region[..., None], n0, problem.x)
+    return State(n, jnp.asarray(jnp.inf, n.dtype), memory)
 
 
 class Solution(NamedTuple):
@@ -68,7 +71,7 @@ class AbstractSolver(eqx.Module):
 
     @abc.abstractmethod
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
-        """The state to start from: n0 inside the region, x outside, an infinite objective."""
+        """The state to start from: :func:`start` with what the solver remembers."""
 
     @abc.abstractmethod
     def step(self, problem: Problem, state: State) -> State:
@@ -107,7 +110,7 @@ def solve(
 
     def chunk(carry):
         where, state, steps, failed, _ = carry
-        where = problem.detector.refresh(problem.seen(state.n), where)
+        where = problem.detector.refresh(state.n, where)
         now = dataclasses.replace(problem, where=where)
         carry = state, steps, failed
         new, steps, failed = jax.lax.fori_loop(0, steps_per_check, lambda _, c: advance(now, c), carry)
@@ -117,8 +120,8 @@ def solve(
         _, _, steps, failed, converged = carry
         return ~converged & ~failed & (steps < max_steps)
 
-    start = problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty
-    _, state, steps, failed, converged = jax.lax.while_loop(going, chunk, start)
+    first = problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty
+    _, state, steps, failed, converged = jax.lax.while_loop(going, chunk, first)
     outcome = jnp.select(
         [empty, failed, converged],
         [int(Outcome.NOTHING_TO_REFINE), int(Outcome.NON_FINITE), int(Outcome.CONVERGED)],
