@@ -11,6 +11,7 @@ from f2pad_jax.detectors.base import AbstractDetector, Where
 from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.prior import PixelPrior
 from f2pad_jax.region import affected_positions
+from f2pad_jax.views import View
 
 Scalar = float | Float[Array, ""]
 
@@ -36,11 +37,11 @@ class Terms(NamedTuple):
 
 
 class Problem(eqx.Module):
-    """Eq. (12) for one window: find n. All images in normalised intensity."""
+    """Eq. (12) for one window: find n, at the image's own resolution. All images in normalised intensity."""
 
     detector: AbstractDetector
     x: Float[Array, "h w 3"]
-    """The input at the resolution n is sought at."""
+    """The input."""
     region: Bool[Array, "h w"]
     """Pixels that may change; elsewhere n = x."""
     where: Where
@@ -49,6 +50,8 @@ class Problem(eqx.Module):
     """Positions that enter l_n, one map per scored layer."""
     weights: Weights
     penalty: AbstractPenalty = Log()
+    view: View | None = None
+    """How the network sees n; None: as it is."""
 
     @staticmethod
     def make(
@@ -62,24 +65,42 @@ class Problem(eqx.Module):
         beta: Scalar = 0.0,
         penalty: AbstractPenalty | None = None,
         reach: int | None = 8,
+        view: View | None = None,
     ) -> "Problem":
-        """The problem of optimising ``region``; ``where`` is the detector's view of the window.
+        """The problem of optimising ``region``; ``where`` is what the detector needs to score this window.
 
         Args:
-            reach: positions within this many pixels of the region enter l_n; None: all.
+            detector: what tells normal from anomalous.
+            x: the input.
+            region: pixels that may change.
+            where: of ``detector.locate``.
+            alpha1: weight of the pixel prior, for pixels of the network's size; so is
+            alpha2: that of total variation. At another resolution there are more pixels, of less weight each.
+            beta: of sparsity.
+            penalty: l_a.
+            reach: positions within this many of the network's pixels of the region enter l_n; None: all.
+            view: how the network sees n.
         """
-        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, x, where)]
-        affected = tuple(affected_positions(region, shape, reach) for shape in shapes)
-        return Problem(detector, x, region, where, affected, Weights(alpha1, alpha2, beta), penalty or Log())
+        seen = x if view is None else jax.eval_shape(view, x)
+        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, seen, where)]
+        near = region if view is None else view.touched(region)
+        affected = tuple(affected_positions(near, shape, reach) for shape in shapes)
+        share = 1.0 if view is None else view.share
+        weights = Weights(alpha1 * share, alpha2 * share**0.5, beta)
+        return Problem(detector, x, region, where, affected, weights, penalty or Log(), view)
 
     def with_beta(self, beta: Scalar) -> "Problem":
         """The same problem with another weight of the sparsity term."""
         return eqx.tree_at(lambda p: p.weights.beta, self, beta)
 
+    def seen(self, n: Float[Array, "h w 3"]) -> Float[Array, "_h _w 3"]:
+        """What the network sees of n."""
+        return n if self.view is None else self.view(n)
+
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
         return Terms(
-            feature_loss(self.detector, n, self.where, self.affected),
+            feature_loss(self.detector, self.seen(n), self.where, self.affected),
             pixel_prior_loss(self.detector.calibrated.prior, n, self.region),
             total_variation(n),
             self.sparsity(n),
@@ -110,7 +131,8 @@ def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scala
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
     times too large and n returns to x. ``Settings.beta0`` selects :func:`paper_weight`.
     """
-    scores = problem.detector.scores(problem.x, problem.detector.refresh(problem.x, problem.where))
+    seen = problem.seen(problem.x)
+    scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
     evidence = sum(jnp.sum(a * jnp.maximum(s - 1, 0)) for a, s in zip(problem.affected, scores, strict=True))
     span = problem.sparsity(n0) - problem.sparsity(problem.x)
     return sparsity * evidence / jnp.maximum(span, 1.0)

@@ -1,6 +1,7 @@
 """``refine``: from coarse maps to pixel-accurate masks, Algorithm 1 of the paper."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -12,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from f2pad_jax import region as regions
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.inpaint import Inpainter, choose, exemplar
+from f2pad_jax.inpaint import Inpainter, choose, exemplar, harmonic
 from f2pad_jax.masks import Evidence
 from f2pad_jax.objective import Problem, paper_weight, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
+from f2pad_jax.views import Box, scaled, scaled_mask, view_of
 
 WINDOWS = (64, 96, 128, 160, 192)
 """Sides of the square windows solved in; the whole image where none holds the region."""
@@ -62,7 +64,7 @@ class Coarse(eqx.Module):
 
 
 class Solved(eqx.Module):
-    """What the solver makes of it, at the detector's size."""
+    """What the solver makes of it, at the image's own size."""
 
     mask: Bool[Array, "h w"]
     n: Float[Array, "h w 3"]
@@ -83,13 +85,13 @@ def refine(
     """Segment anomalies to the pixel, and restore the image without them.
 
     Pure and traceable: inside ``jax.jit`` (or any transform) the whole image is solved for. Called on concrete arrays, each
-    image is solved in the smallest window of :data:`WINDOWS` that holds its suspect region, which is several times faster;
-    one program is compiled per window size and kept. An image's result never depends on the others of its batch.
+    separate part of an image's suspect region is solved in the smallest window of :data:`WINDOWS` that holds it, which is
+    several times faster; one program is compiled per window and image size, and kept. An image's result never depends on
+    the others of its batch. The network sees the image resized, but n, and so the mask, has the image's own resolution.
 
     Args:
         detector: a fitted detector.
-        images: ``(h, w)``, ``(h, w, 3)`` or ``(n, h, w, 3)``; uint8, uint16 or float in 0..1; any size. They are resized to
-            the detector's size and the results back; at the detector's own size nothing is resized.
+        images: ``(h, w)``, ``(h, w, 3)`` or ``(n, h, w, 3)``; uint8, uint16 or float in 0..1; any size.
         settings: constants of the method.
         inpaint: what makes the first guess n0: ``"mae"`` (the paper's), ``"exemplar"``, ``"harmonic"`` or any callable of
             (normalised image, region), a pytree or a function. Default: ``"mae"`` where a masked autoencoder's weights are
@@ -112,7 +114,10 @@ def refine(
 
         def whole(image):
             coarse = look(detector, image, constants)
-            return compose(image, coarse, solve_window(detector, coarse, constants, inpaint))
+            untouched = _untouched(image, coarse)
+            covered = untouched.outcome == Outcome.COVERS_IMAGE
+            solved = solve_window(detector, image, coarse, coarse.region & ~covered, constants, inpaint)
+            return compose(image, coarse, jax.tree.map(lambda a, b: jnp.where(covered, a, b), untouched, solved))
 
         results = jax.lax.map(whole, batch, batch_size=batch_size)
     else:
@@ -132,42 +137,46 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
 
 def solve_window(
     detector: AbstractDetector,
+    image: Float[Array, "h w 3"],
     coarse: Coarse,
+    part: Bool[Array, "_h _w"],
     settings: Settings,
     inpaint: Inpainter = exemplar,
     window: tuple[int, int] | None = None,
 ) -> Solved:
-    """Algorithm 1 from the coarse result, inside a window of the given size (default: the whole image)."""
-    size = window or (coarse.x.shape[0], coarse.x.shape[1])
-    corner = regions.window_offset(coarse.region, size, detector.stride)
+    """Algorithm 1 for a part of the suspect region, inside a window of the given size (default: the whole image).
 
-    def crop(image: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (*corner, *[0] * (image.ndim - 2)), (*size, *image.shape[2:]))
-
-    def paste(part: Array, whole: Array) -> Array:
-        return jax.lax.dynamic_update_slice(whole, part, (*corner, *[0] * (part.ndim - 2)))
-
-    s, x = settings, crop(coarse.x)
+    ``part`` and ``window`` are at the detector's size; n is sought, and the mask drawn, at that of ``image`` (0..1).
+    """
+    s, size, full = settings, _size(coarse.mask), _size(image)
+    x_whole, others = normalise(image), coarse.region & ~part
+    box = Box(regions.window_offset(part, window or size, detector.stride), window or size)
+    own, view = view_of(box, size, full)
+    x, excess = own.crop(x_whole), own.crop(scaled(coarse.excess, full))
+    m0, suspect = (own.crop(scaled_mask(mask, full)) for mask in (coarse.mask & part, part))
+    known = harmonic(coarse.x, others)  # what other defects there are is nothing to borrow
 
     def decompose(region: Bool[Array, "h w"], phase):
         """Split x into n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
-        n0 = crop(inpaint(coarse.x, paste(region, jnp.zeros_like(coarse.mask))))  # line 1
+        seen = region if view is None else view.touched(region)
+        n0 = own.crop(scaled(inpaint(known, box.paste(seen, jnp.zeros_like(part))), full))  # line 1
         problem = Problem.make(  # line 2
             detector,
             x,
             region,
-            detector.locate(n0, corner),
+            detector.locate(n0 if view is None else view(n0), box.corner),
             alpha1=s.alpha1,
             alpha2=s.alpha2,
             penalty=s.penalty,
             reach=s.reach,
+            view=view,
         )
-        beta = paper_weight(s.beta0, coarse.mask) if s.beta0 is not None else sparsity_weight(problem, n0, s.sparsity)
+        beta = paper_weight(s.beta0, m0) if s.beta0 is not None else sparsity_weight(problem, n0, s.sparsity)
         problem = problem.with_beta(sparse * beta)
         solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
         solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
-        evidence = Evidence(problem, n0, solution.n, crop(coarse.excess))
+        evidence = Evidence(problem, n0, solution.n, excess)
         mask = jax.lax.cond(sparse > 0, lambda: s.decision(solver, evidence), lambda: region)  # line 9
         return mask, (mask, solution)
 
@@ -177,32 +186,24 @@ def solve_window(
         jnp.array([s.solver.learning_rate, s.restore_rate]),
         jnp.array([s.max_steps, s.restore_steps]),
     )
-    _, (masks, solutions) = jax.lax.scan(decompose, crop(coarse.region), phases)
+    _, (masks, solutions) = jax.lax.scan(decompose, suspect, phases)
     mask, first = masks[0], jax.tree.map(lambda leaf: leaf[0], solutions)
     n = jnp.where(mask[..., None], solutions.n[1], x)
-    return Solved(paste(mask, jnp.zeros_like(coarse.mask)), paste(n, coarse.x), first.steps, first.objective, first.outcome)
+    mask = own.paste(mask, jnp.zeros(full, bool))
+    return Solved(mask, own.paste(n, x_whole), first.steps, first.objective, first.outcome)
 
 
 def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Refined:
-    """Results at the size of ``image`` (0..1); masks are resized bilinearly and cut at one half."""
-    size = image.shape[:2]
-
-    def enlarged(values: Array) -> Array:
-        shape = (*size, *values.shape[2:])
-        return values if values.shape == shape else jax.image.resize(values, shape, "linear")
-
-    def enlarged_mask(mask: Bool[Array, "h w"], level: float = 0.5) -> Bool[Array, "h2 w2"]:
-        return enlarged(mask.astype(jnp.float32)) > level
-
-    mask = enlarged_mask(solved.mask)
-    normal = jnp.where(mask[..., None], jnp.clip(enlarged(denormalise(solved.n)), 0.0, 1.0), image)
+    """Results for an image in 0..1, the coarse ones at its size."""
+    size = _size(image)
+    normal = jnp.where(solved.mask[..., None], jnp.clip(denormalise(solved.n), 0.0, 1.0), image)
     return Refined(
-        mask=mask,
+        mask=solved.mask,
         normal=normal,
         anomaly=image - normal,
-        coarse_map=enlarged(coarse.anomaly_map),
-        coarse_mask=enlarged_mask(coarse.mask),
-        region=enlarged_mask(coarse.region, 0.0),
+        coarse_map=scaled(coarse.anomaly_map, size),
+        coarse_mask=scaled_mask(coarse.mask, size),
+        region=scaled_mask(coarse.region, size),
         steps=solved.steps,
         objective=solved.objective,
         outcome=solved.outcome,
@@ -210,28 +211,33 @@ def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Ref
 
 
 def _refine_on_host(detector, batch, settings, inpaint, batch_size, progress) -> Refined:
-    """Choose each image's window, then run images of the same window together, ``batch_size`` at a time."""
+    """Divide each image's region, choose windows, and run parts with windows alike together, ``batch_size`` at a time."""
     total = len(batch)
     coarse = [_look(detector, image, settings) for image in batch]
-    groups: dict[tuple[int, int] | None, list[int]] = {}
+    solved, groups = [], {}
     for i, c in enumerate(coarse):
-        window = None
-        if np.any(c.region):
-            window = regions.window_size(np.asarray(c.region), settings.margin, detector.stride, WINDOWS)
-        groups.setdefault(window, []).append(i)
-    solved: dict[int, Solved] = {i: _unchanged(coarse[i]) for i in groups.pop(None, [])}
-    progress(len(solved), total)
+        solved.append(_untouched(batch[i], c))
+        if solved[i].outcome == Outcome.NOTHING_TO_REFINE and np.any(c.region):
+            for part, window in regions.divided(np.asarray(c.region), settings.margin, detector.stride, WINDOWS):
+                groups.setdefault(window, []).append((i, part))
+    waiting = Counter(i for members in groups.values() for i, _ in members)
+    progress(total - len(waiting), total)
     for window, members in groups.items():
         for start in range(0, len(members), batch_size):
             chunk = members[start : start + batch_size]
-            padded = chunk + chunk[-1:] * (batch_size - len(chunk))
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[coarse[i] for i in padded])
-            out = _solve_batch(detector, stacked, settings, inpaint, window)
-            for lane, i in enumerate(chunk):
-                solved[i] = jax.tree.map(lambda leaf, lane=lane: leaf[lane], jax.block_until_ready(out))
-            progress(len(solved), total)
+            lanes = [(batch[i], coarse[i], part) for i, part in chunk + chunk[-1:] * (batch_size - len(chunk))]
+            images, coarses, parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+            out = jax.block_until_ready(_solve_batch(detector, images, coarses, parts, settings, inpaint, window))
+            for lane, (i, _) in enumerate(chunk):
+                solved[i] = _merged(solved[i], jax.tree.map(lambda leaf, lane=lane: leaf[lane], out))
+                waiting[i] -= 1
+            progress(total - sum(count > 0 for count in waiting.values()), total)
     results = [_compose(batch[i], coarse[i], solved[i]) for i in range(total)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _size(image: Array) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]
 
 
 _look = jax.jit(look)
@@ -239,16 +245,33 @@ _compose = jax.jit(compose)
 
 
 @eqx.filter_jit
-def _solve_batch(detector, coarse: Coarse, settings, inpaint, window) -> Solved:
-    def one(coarse: Coarse) -> Solved:
-        return solve_window(detector, coarse, settings, inpaint, window)
+def _solve_batch(detector, images, coarse: Coarse, parts, settings, inpaint, window) -> Solved:
+    def one(image, coarse: Coarse, part) -> Solved:
+        return solve_window(detector, image, coarse, part, settings, inpaint, window)
 
-    if len(coarse.x) == 1:  # no batch axis inside the loop: XLA's CPU backend runs it faster
-        return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], coarse)))
-    return jax.vmap(one)(coarse)
+    lanes = images, coarse, parts
+    if len(images) == 1:  # no batch axis inside the loop: XLA's CPU backend runs it faster
+        image, coarse, part = jax.tree.map(lambda leaf: leaf[0], lanes)
+        return jax.tree.map(lambda leaf: leaf[None], one(image, coarse, part))
+    return jax.vmap(one)(*lanes)
 
 
-def _unchanged(coarse: Coarse) -> Solved:
-    """The result of an image whose coarse mask is empty; what the solver would return, without compiling it."""
+def _untouched(image: Float[Array, "h w 3"], coarse: Coarse) -> Solved:
+    """The result before any part is solved for, and after where there is nothing to solve, or nothing else."""
+    covered = jnp.all(coarse.region)
+    mask = covered & scaled_mask(coarse.mask, _size(image))
     zero = jnp.zeros((), jnp.int32)
-    return Solved(coarse.mask, coarse.x, zero, jnp.zeros(()), jnp.full_like(zero, int(Outcome.NOTHING_TO_REFINE)))
+    outcome = jnp.where(covered, int(Outcome.COVERS_IMAGE), int(Outcome.NOTHING_TO_REFINE))
+    return Solved(mask, normalise(image), zero, jnp.zeros(()), outcome)
+
+
+def _merged(one: Solved, other: Solved) -> Solved:
+    """Two parts of an image together: objectives add up, of steps and of outcomes the worse counts."""
+    first = one.outcome == Outcome.NOTHING_TO_REFINE
+    return Solved(
+        one.mask | other.mask,
+        jnp.where(other.mask[..., None], other.n, one.n),
+        jnp.maximum(one.steps, other.steps),
+        one.objective + other.objective,
+        jnp.where(first, other.outcome, jnp.maximum(one.outcome, other.outcome)),
+    )

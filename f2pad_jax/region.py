@@ -3,9 +3,12 @@
 All of it is array code: fixed shapes, no host, so it runs inside ``jit`` and ``vmap``.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -107,3 +110,36 @@ def window_size(region: Bool[np.ndarray, "h w"], margin: int, stride: int, sizes
     extent = max(int(np.ptp(hits)) + 1 if hits.size else 0 for hits in extents)
     needed = min(extent + 2 * margin + stride, max(h, w))
     return next(((s, s) for s in sorted(sizes) if needed <= s <= min(h, w) and s % stride == 0), (h, w))
+
+
+def divided(
+    region: Bool[np.ndarray, "h w"], margin: int | None, stride: int, sizes: tuple[int, ...]
+) -> list[tuple[Bool[np.ndarray, "h w"], tuple[int, int]]]:
+    """The parts of a region to solve for separately, each with the size of its window.
+
+    On the host. Two parts go together where one is within the other's margin, so that no defect is another's context, or
+    where a window around both is no larger than their two. Without a margin (None) all is one, in the whole image.
+    """
+    if margin is None:
+        return [(region, (region.shape[0], region.shape[1]))]
+    labels, count = scipy.ndimage.label(region, np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
+    parts = [labels == i + 1 for i in range(count)]
+
+    def window(part: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
+        return window_size(part, margin, stride, sizes)
+
+    def belong(one: Bool[np.ndarray, "h w"], other: Bool[np.ndarray, "h w"]) -> bool:
+        if np.prod(window(one | other)) <= np.prod(window(one)) + np.prod(window(other)):
+            return True
+        (first, last), (start, end) = (
+            (np.argwhere(part).min(axis=0), np.argwhere(part).max(axis=0) + 1) for part in (one, other)
+        )
+        return bool(np.all((first - margin < end) & (start - margin < last)))
+
+    def pair() -> tuple[int, int] | None:
+        return next((p for p in itertools.combinations(range(len(parts)), 2) if belong(*(parts[i] for i in p))), None)
+
+    while found := pair():
+        other = parts.pop(found[1])
+        parts[found[0]] = parts[found[0]] | other
+    return [(part, window(part)) for part in parts]

@@ -7,6 +7,8 @@ from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose, exemplar
+from f2pad_jax.refine import WINDOWS
+from f2pad_jax.region import divided
 from f2pad_jax.units import MEAN, STD
 
 SIZE = 96
@@ -152,13 +154,55 @@ def test_every_kind_of_array_gives_the_same(detector, images, result, kind):
     np.testing.assert_array_equal(np.asarray(refine(detector, same).mask), result.mask[0])
 
 
-def test_results_have_the_size_of_the_input(detector, images):
-    large = np.asarray(jax.image.resize(images[0].astype(np.float32), (150, 130, 3), "linear")) / 255
-    out = refine(detector, large.clip(0, 1))
-    assert out.mask.shape == out.coarse_map.shape == out.region.shape == (150, 130)
-    assert out.normal.shape == (150, 130, 3)
-    np.testing.assert_array_equal(np.asarray(out.normal)[~np.asarray(out.mask)], large.clip(0, 1)[~np.asarray(out.mask)])
-    assert out.mask.any()
+def test_masks_have_the_resolution_of_the_image(backbone):
+    large = load_texture("grass", size=256, num_train=6, num_test=1)
+    detector = fit(PatchCore, large.train, backbone, size=(128, 128))
+    image, truth = large.test[0].image, large.test[0].mask
+    out = jax.tree.map(np.asarray, refine(detector, image))
+    assert out.mask.shape == out.coarse_map.shape == out.region.shape == truth.shape
+    assert iou(out.mask, truth) > max(0.85, iou(out.coarse_mask, truth) + 0.1)
+    blocks = out.mask.reshape(128, 2, 128, 2).sum(axis=(1, 3))
+    assert np.isin(blocks, [1, 3]).any()  # finer than the network's pixels
+    unit = image.astype(np.float32) / 255
+    np.testing.assert_array_equal(out.normal[~out.mask], unit[~out.mask])
+    np.testing.assert_allclose(out.normal + out.anomaly, unit, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def wide(texture, backbone):
+    """A detector of images three times as wide as high, and one with a defect at either end."""
+
+    def row(*images):
+        return np.concatenate(images, axis=1)
+
+    train = [row(*np.roll(texture.train, i, axis=0)[:3]) for i in range(6)]
+    (first, _, last), good = texture.test, texture.train[0]
+    masks = row(first.mask, np.zeros_like(first.mask), last.mask)
+    return fit(PatchCore, train, backbone, size=(SIZE, 3 * SIZE)), row(first.image, good, last.image), masks
+
+
+def test_separate_defects_are_solved_for_separately(wide, texture):
+    detector, image, truth = wide
+    done, settings = [], Settings(dilation=2, spill=float("inf"), margin=4)
+    both = refine(detector, image[None], settings=settings, progress=lambda count, total: done.append((count, total)))
+    assert done[0] == (0, 1) and done[-1] == (1, 1)
+    mask = np.asarray(both.mask[0])
+    left, right = mask[:, :SIZE], mask[:, 2 * SIZE :]
+    assert iou(left, truth[:, :SIZE]) > 0.5 and iou(right, truth[:, 2 * SIZE :]) > 0.5
+    assert not mask[:, SIZE : 2 * SIZE].any()
+    parts = divided(np.asarray(both.region[0]), settings.margin, detector.stride, WINDOWS)
+    assert [window for _, window in parts] == [(96, 96), (96, 96)]
+    restored = np.asarray(both.normal[0])
+    assert all((restored != image / np.float32(255))[part].any() for part, _ in parts)
+
+
+def test_a_region_that_covers_the_image_is_left_to_the_coarse_mask(detector, jitted, images):
+    everywhere = Settings(spill=-1.0)
+    for out in (refine(detector, images[0], settings=everywhere), jitted(detector, images[0], everywhere)):
+        assert out.outcome == Outcome.COVERS_IMAGE and out.steps == 0 and out.objective == 0
+        assert "covers" in Outcome(int(out.outcome)).message
+        np.testing.assert_array_equal(out.mask, out.coarse_mask)
+        assert out.region.all() and out.mask.any()
 
 
 def test_grey_images_work(detector, images):

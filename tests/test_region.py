@@ -10,6 +10,7 @@ from f2pad_jax.region import (
     affected_positions,
     closed,
     dilate,
+    divided,
     erode,
     filled,
     opened,
@@ -254,3 +255,46 @@ def test_window_sizes_that_do_not_fit_the_stride_or_the_image_are_passed_over():
     mask[30:34, 30:34] = True
     assert window_size(mask, 0, 16, (40, 48, 64)) == (48, 48)
     assert window_size(mask, 20, 16, (72, 80)) == (64, 96)
+
+
+SIZES = (64, 96, 128)
+
+
+def parts(*boxes, size=224):
+    """The parts a region of these boxes (top, left, bottom, right) is divided into: their bounds and windows."""
+    region = np.zeros((size, size), bool)
+    for top, left, bottom, right in boxes:
+        region[top:bottom, left:right] = True
+    found = divided(region, 24, 8, SIZES)
+    together = np.sum([part for part, _ in found], axis=0)
+    np.testing.assert_array_equal(together, region)  # every pixel belongs to one part
+    return found
+
+
+def test_distant_parts_are_solved_for_separately():
+    found = parts((10, 10, 15, 18), (200, 190, 220, 215))
+    assert {(part.sum(), window) for part, window in found} == {(40, (64, 64)), (500, (96, 96))}
+
+
+def test_what_lies_in_anothers_margin_belongs_to_it():
+    assert len(parts((10, 10, 15, 15), (30, 30, 35, 35))) == 1
+    # ... and through a third that is near both
+    assert len(parts((10, 10, 15, 40), (10, 60, 15, 90), (10, 110, 15, 130))) == 1
+
+
+def test_parts_go_together_where_one_window_costs_no_more():
+    found = parts((60, 60, 70, 70), (97, 97, 107, 107))
+    assert len(found) == 1 and found[0][1] == (128, 128)
+
+
+def test_a_part_too_large_for_windows_has_the_image_and_takes_all():
+    found = parts((0, 0, 150, 150), (200, 200, 210, 210))
+    assert len(found) == 1 and found[0][1] == (224, 224)
+
+
+def test_without_a_margin_all_is_one():
+    region = np.zeros((224, 224), bool)
+    region[5:9, 5:9] = region[200:210, 200:210] = True
+    (part, window), *rest = divided(region, None, 8, SIZES)
+    assert not rest and window == (224, 224)
+    np.testing.assert_array_equal(part, region)

@@ -20,6 +20,7 @@ class Outcome(enum.IntEnum):
     STEP_LIMIT = 1
     NOTHING_TO_REFINE = 2
     NON_FINITE = 3
+    COVERS_IMAGE = 4
 
     @property
     def message(self) -> str:
@@ -32,6 +33,7 @@ _MESSAGES = {
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
     Outcome.NOTHING_TO_REFINE: "no pixel of the coarse map exceeds the threshold: the image is good, the mask empty",
     Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
+    Outcome.COVERS_IMAGE: "the suspect region covers the image: nothing is left to go by; the mask is the coarse one",
 }
 
 
@@ -110,7 +112,7 @@ def solve(
 
     def chunk(carry):
         where, state, steps, failed, _ = carry
-        where = problem.detector.refresh(state.n, where)
+        where = problem.detector.refresh(problem.seen(state.n), where)
         now = dataclasses.replace(problem, where=where)
         carry = state, steps, failed
         new, steps, failed = jax.lax.fori_loop(0, steps_per_check, lambda _, c: advance(now, c), carry)
