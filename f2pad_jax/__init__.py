@@ -16,6 +16,8 @@ from f2pad_jax.errors import F2padError as F2padError
 from f2pad_jax.errors import ImageError as ImageError
 from f2pad_jax.errors import ModelError as ModelError
 from f2pad_jax.errors import OptionError as OptionError
+from f2pad_jax.history import History as History
+from f2pad_jax.history import history as history
 from f2pad_jax.inpaint import MAE as MAE
 from f2pad_jax.inpaint import exemplar as exemplar
 from f2pad_jax.inpaint import harmonic as harmonic
@@ -41,6 +43,7 @@ from f2pad_jax.solvers import Descent as Descent
 from f2pad_jax.solvers import GradientSharing as GradientSharing
 from f2pad_jax.solvers import Outcome as Outcome
 from f2pad_jax.solvers import Proximal as Proximal
+from f2pad_jax.solvers import Recorded as Recorded
 from f2pad_jax.solvers import Sharing as Sharing
 from f2pad_jax.solvers import Solution as Solution
 from f2pad_jax.solvers import State as State

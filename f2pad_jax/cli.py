@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(INPAINTERS),
         help="first guess of the normal image (default: mae where its weights are installed, else exemplar)",
     )
+    refine.add_argument(
+        "--history", action="store_true", help="also how the solver got there: curves, animation, table (twice the time)"
+    )
     refine.set_defaults(run=_refine)
 
     weights = commands.add_parser("weights", help="list, fetch, convert and verify the networks' weights")
@@ -250,6 +253,11 @@ def _refine(arguments: argparse.Namespace) -> None:
             write_png(arguments.out / files["mask"], result.mask)
             write_png(arguments.out / files["normal"], result.normal)
             write_png(arguments.out / files["overlay"], overlay(image, result.mask))
+            if arguments.history:
+                history = f2pad_jax.history(detector, image, inpaint=arguments.inpaint)
+                history.save_csv(arguments.out / f"{stem}_history.csv")
+                history.save_animation(arguments.out / f"{stem}_history.gif")
+                history.save_figure(arguments.out / f"{stem}_history.png")
             records.append(
                 {
                     "image": str(path),

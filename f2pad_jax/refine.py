@@ -19,7 +19,7 @@ from f2pad_jax.objective import Problem, paper_weight, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
-from f2pad_jax.views import Box, scaled, scaled_mask, view_of
+from f2pad_jax.views import Box, View, scaled, scaled_mask, view_of
 
 WINDOWS = (64, 96, 128, 160, 192)
 """Sides of the square windows solved in; the whole image where none holds the region."""
@@ -135,11 +135,62 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     return Coarse(x, anomaly_map, excess, mask, regions.suspect_region(mask, excess > settings.spill, settings.dilation))
 
 
+class Window(eqx.Module):
+    """A part of the suspect region and what surrounds it, at the image's own resolution."""
+
+    box: Box
+    """Where the network looks, in the image of the detector's size."""
+    own: Box
+    """The same in the image itself."""
+    view: View | None
+    known: Float[Array, "h w 3"]
+    """The image at the detector's size, without what other defects there are: nothing to borrow from."""
+    image: Float[Array, "H W 3"]
+    """Normalised intensity."""
+    m0: Bool[Array, "_h _w"]
+    region: Bool[Array, "_h _w"]
+    excess: Float[Array, "_h _w"]
+
+    @staticmethod
+    def around(
+        detector: AbstractDetector, image: Array, coarse: Coarse, part: Array, size: tuple[int, int] | None
+    ) -> "Window":
+        """The window of ``size`` around a part of the coarse region; None: the whole image."""
+        whole, full = _size(coarse.mask), _size(image)
+        size = size or whole
+        box = Box(regions.window_offset(part, size, detector.stride), size)
+        own, view = view_of(box, whole, full)
+        m0, region = (own.crop(scaled_mask(mask, full)) for mask in (coarse.mask & part, part))
+        known = harmonic(coarse.x, coarse.region & ~part)
+        return Window(box, own, view, known, normalise(image), m0, region, own.crop(scaled(coarse.excess, full)))
+
+    def pose(
+        self, detector: AbstractDetector, region: Array, settings: Settings, inpaint: Inpainter, sparse: float | Array = 1.0
+    ) -> tuple[Problem, Float[Array, "_h _w 3"]]:
+        """The first guess inside ``region`` and the problem that starts from it (lines 1-2), β times ``sparse``."""
+        s, empty = settings, jnp.zeros(_size(self.known), bool)
+        seen = region if self.view is None else self.view.touched(region)
+        n0 = self.own.crop(scaled(inpaint(self.known, self.box.paste(seen, empty)), _size(self.image)))
+        problem = Problem.make(
+            detector,
+            self.own.crop(self.image),
+            region,
+            detector.locate(n0 if self.view is None else self.view(n0), self.box.corner),
+            alpha1=s.alpha1,
+            alpha2=s.alpha2,
+            penalty=s.penalty,
+            reach=s.reach,
+            view=self.view,
+        )
+        beta = paper_weight(s.beta0, self.m0) if s.beta0 is not None else sparsity_weight(problem, n0, s.sparsity)
+        return problem.with_beta(sparse * beta), n0
+
+
 def solve_window(
     detector: AbstractDetector,
-    image: Float[Array, "h w 3"],
+    image: Float[Array, "H W 3"],
     coarse: Coarse,
-    part: Bool[Array, "_h _w"],
+    part: Bool[Array, "h w"],
     settings: Settings,
     inpaint: Inpainter = exemplar,
     window: tuple[int, int] | None = None,
@@ -148,49 +199,29 @@ def solve_window(
 
     ``part`` and ``window`` are at the detector's size; n is sought, and the mask drawn, at that of ``image`` (0..1).
     """
-    s, size, full = settings, _size(coarse.mask), _size(image)
-    x_whole, others = normalise(image), coarse.region & ~part
-    box = Box(regions.window_offset(part, window or size, detector.stride), window or size)
-    own, view = view_of(box, size, full)
-    x, excess = own.crop(x_whole), own.crop(scaled(coarse.excess, full))
-    m0, suspect = (own.crop(scaled_mask(mask, full)) for mask in (coarse.mask & part, part))
-    known = harmonic(coarse.x, others)  # what other defects there are is nothing to borrow
+    s, w = settings, Window.around(detector, image, coarse, part, window)
 
-    def decompose(region: Bool[Array, "h w"], phase):
+    def decompose(region: Bool[Array, "_h _w"], phase):
         """Split x into n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
-        seen = region if view is None else view.touched(region)
-        n0 = own.crop(scaled(inpaint(known, box.paste(seen, jnp.zeros_like(part))), full))  # line 1
-        problem = Problem.make(  # line 2
-            detector,
-            x,
-            region,
-            detector.locate(n0 if view is None else view(n0), box.corner),
-            alpha1=s.alpha1,
-            alpha2=s.alpha2,
-            penalty=s.penalty,
-            reach=s.reach,
-            view=view,
-        )
-        beta = paper_weight(s.beta0, m0) if s.beta0 is not None else sparsity_weight(problem, n0, s.sparsity)
-        problem = problem.with_beta(sparse * beta)
+        problem, n0 = w.pose(detector, region, s, inpaint, sparse)  # lines 1-2
         solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
         solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
-        evidence = Evidence(problem, n0, solution.n, excess)
+        evidence = Evidence(problem, n0, solution.n, w.excess)
         mask = jax.lax.cond(sparse > 0, lambda: s.decision(solver, evidence), lambda: region)  # line 9
-        return mask, (mask, solution)
+        return mask, (mask, solution._replace(memory=None))
 
-    # first the mask; then n again inside it, with β = 0 and gentler steps (line 10): one program, run twice
+    # twice: with β for the mask m*; with β = 0 inside it for n. One loop, so that the solver is compiled once
     phases = (
         jnp.array([1.0, 0.0]),
         jnp.array([s.solver.learning_rate, s.restore_rate]),
         jnp.array([s.max_steps, s.restore_steps]),
     )
-    _, (masks, solutions) = jax.lax.scan(decompose, suspect, phases)
+    _, (masks, solutions) = jax.lax.scan(decompose, w.region, phases)
     mask, first = masks[0], jax.tree.map(lambda leaf: leaf[0], solutions)
-    n = jnp.where(mask[..., None], solutions.n[1], x)
-    mask = own.paste(mask, jnp.zeros(full, bool))
-    return Solved(mask, own.paste(n, x_whole), first.steps, first.objective, first.outcome)
+    n = jnp.where(mask[..., None], solutions.n[1], w.own.crop(w.image))
+    mask = w.own.paste(mask, jnp.zeros(_size(image), bool))
+    return Solved(mask, w.own.paste(n, w.image), first.steps, first.objective, first.outcome)
 
 
 def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Refined:

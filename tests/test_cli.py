@@ -92,6 +92,12 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
     assert not list(out.rglob(".*")), "no temporary file is left"
 
 
+def test_refine_shows_the_history(model, defective, tmp_path):
+    assert main(["refine", str(model), str(defective), "--out", str(tmp_path / "out"), "--history"]) == 0
+    stem = defective.stem
+    assert {f"{stem}_history.{kind}" for kind in ("csv", "gif", "png")} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
 def test_bad_folders_to_fit(tmp_path, normal_folder, capsys):
     model = tmp_path / "x.model"
     assert "no such folder" in refused(capsys, "fit", tmp_path / "missing", "--out", model)

@@ -15,6 +15,7 @@ from f2pad_jax import (
     Outcome,
     Problem,
     Proximal,
+    Recorded,
     Sharing,
     State,
     solve,
@@ -221,3 +222,21 @@ def test_a_solver_of_ones_own_runs_in_the_same_loop(problem):
     solution = solve(SignDescent(), problem, problem.x, max_steps=200)
     assert float(problem(solution.n)) < float(problem(problem.x))
     assert solution.outcome == Outcome.CONVERGED and 0 < solution.steps < 200
+
+
+@pytest.mark.parametrize("solver", [Descent(tolerance=-1e9), Proximal(tolerance=-1e9)], ids=["descent", "proximal"])
+def test_a_recorded_solver_takes_the_same_steps(problem, solver):
+    start = jnp.where(problem.region[..., None], 0.0, problem.x)
+    plain = solve(solver, problem, start, max_steps=40)
+    recorded = solve(Recorded(solver=solver, max_steps=25, every=10), problem, start, max_steps=40)
+    assert recorded.steps == plain.steps and recorded.outcome == plain.outcome
+    np.testing.assert_allclose(recorded.n, plain.n, atol=1e-9)
+    record = recorded.memory
+    assert record.steps == plain.steps == 40  # more than there is room for
+    np.testing.assert_array_equal(record.n[0], start)
+    for k in (0, 10, 20):
+        after = solve(solver, problem, start, max_steps=k, steps_per_check=1).n
+        n = record.n[k // 10]
+        np.testing.assert_allclose(n, after, atol=1e-6)
+        np.testing.assert_allclose([values[k] for values in record.terms], problem.terms(n), rtol=1e-9)
+        np.testing.assert_allclose(record.objective[k], problem(n), rtol=1e-9)

@@ -9,5 +9,7 @@ from f2pad_jax.solvers.loop import Solution as Solution
 from f2pad_jax.solvers.loop import State as State
 from f2pad_jax.solvers.loop import solve as solve
 from f2pad_jax.solvers.loop import start as start
+from f2pad_jax.solvers.recorded import Record as Record
+from f2pad_jax.solvers.recorded import Recorded as Recorded
 from f2pad_jax.solvers.sharing import GradientSharing as GradientSharing
 from f2pad_jax.solvers.sharing import Sharing as Sharing

@@ -61,6 +61,8 @@ class Solution(NamedTuple):
     steps: Int[Array, ""]
     objective: Float[Array, ""]
     outcome: Int[Array, ""]
+    memory: Any
+    """The solver's own, after the last step."""
 
 
 class AbstractSolver(eqx.Module):
@@ -129,4 +131,4 @@ def solve(
         [int(Outcome.NOTHING_TO_REFINE), int(Outcome.NON_FINITE), int(Outcome.CONVERGED)],
         int(Outcome.STEP_LIMIT),
     )
-    return Solution(state.n, steps, jnp.where(empty, 0.0, state.objective), outcome)
+    return Solution(state.n, steps, jnp.where(empty, 0.0, state.objective), outcome, state.memory)
