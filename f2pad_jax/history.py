@@ -30,7 +30,7 @@ class History(NamedTuple):
     image: Float[np.ndarray, "h w 3"]
     """The input, in 0..1."""
     objective: Float[np.ndarray, " t"]
-    """Eq. (12) before every step."""
+    """Eq. (12) before every step. It and its sparsity term are counted from a = 0, where LOG is far below zero."""
     terms: dict[str, Float[np.ndarray, " t"]]
     """What its four terms add to it: feature, prior, variation, sparsity."""
     steps: Int[np.ndarray, " k"]
@@ -129,14 +129,14 @@ def history(
         window = regions.window_size(region, settings.margin, detector.stride, WINDOWS)
     limit = -(-int(settings.max_steps) // settings.steps_per_check) * settings.steps_per_check
     constants = jax.tree.map(jnp.asarray, settings)
-    solution, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)
+    solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)
     count = int(solution.steps)
     steps = np.append(np.arange(0, count, every), count)
     rows = np.append(np.arange(len(steps) - 1), len(n) - 1)
     return History(
         np.asarray(unit),
-        np.asarray(solution.memory.objective[:count]),
-        {name: np.asarray(values[:count]) for name, values in terms._asdict().items()},
+        np.asarray(objective[:count]),
+        {name: np.asarray(terms[name][:count]) for name in Terms._fields},
         steps,
         np.clip(np.asarray(n)[rows], 0.0, 1.0),
         np.asarray(masks)[rows],
@@ -147,7 +147,7 @@ def history(
 @eqx.filter_jit
 def _solve(
     detector, image, coarse: Coarse, settings: Settings, inpaint, size, limit: int, every: int
-) -> tuple[Solution, Terms, Array, Array]:
+) -> tuple[Solution, Array, dict[str, Array], Array, Array]:
     s, w = settings, Window.around(detector, image, coarse, coarse.region, size)
     problem, n0 = w.pose(detector, w.region, s, inpaint)
     solver = Recorded(solver=s.solver, max_steps=limit, every=every)  # pyright: ignore[reportCallIssue]
@@ -155,12 +155,14 @@ def _solve(
     record, weights = solution.memory, problem.weights
     kept = jnp.concatenate([record.n, solution.n[None]])
     masks = jax.lax.map(lambda n: s.decision(s.solver, Evidence(problem, n0, n, w.excess)), kept)
-    parts = Terms(
-        record.terms.feature,
-        weights.alpha1 * record.terms.prior,
-        weights.alpha2 * record.terms.variation,
-        weights.beta * record.terms.sparsity,
-    )
+    least = problem.sparsity(problem.x)
+    parts = {
+        "feature": record.terms.feature,
+        "prior": weights.alpha1 * record.terms.prior,
+        "variation": weights.alpha2 * record.terms.variation,
+        "sparsity": weights.beta * (record.terms.sparsity - least),
+    }
+    objective = record.objective - weights.beta * least
     empty = jnp.zeros(image.shape[:2], bool)
     images = jax.vmap(lambda n: denormalise(w.own.paste(n, w.image)))(kept)
-    return solution, parts, images, jax.vmap(lambda mask: w.own.paste(mask, empty))(masks)
+    return solution, objective, parts, images, jax.vmap(lambda mask: w.own.paste(mask, empty))(masks)

@@ -50,7 +50,6 @@ def test_the_terms_add_up_to_the_objective(found):
 def test_it_is_what_refine_does(found, detector, image):
     result = jax.tree.map(np.asarray, refine(detector, image, settings=SETTINGS))
     assert iou(found.masks[-1], result.mask) > 0.85
-    np.testing.assert_allclose(result.objective, found.objective[-1], rtol=0.05)
     outside = ~result.region
     np.testing.assert_allclose(found.n[:, outside], np.broadcast_to(found.image[outside], (5, outside.sum(), 3)), atol=1e-6)
     assert not found.masks[:, outside].any()

@@ -1,0 +1,72 @@
+"""Steps to the same mask: ``python benchmarks/variants.py FOLDER ... --weights FILE [--images N]``.
+
+Solvers on the same problems: PatchCore with ResNet18, cut-paste defects (``cutpaste.py``), 224x224, label-free thresholds,
+the paper's mask (|a| > τ opened; exact zeros for the proximal solver). All share region, window, n0 and weights, so only
+the way differs. The mean IoU is followed every five steps, without a stopping rule. Printed: the best of it on the way, the
+steps needed to come within a point of the best that the paper's solver reaches, and where each solver's own rule would have
+stopped (the paper's looks at single steps, ours at ten), with the mean IoU there.
+"""
+
+import argparse
+from pathlib import Path
+
+import equinox as eqx
+import numpy as np
+import optax
+from cutpaste import cut_paste
+
+import f2pad_jax
+from f2pad_jax import Descent, Proximal, Residual, Settings
+from f2pad_jax.evaluation.metrics import iou
+
+EVERY = 5
+SOLVERS = {  # with the steps between two looks of the stopping rule
+    "the paper's": (Settings.paper().solver, 1),
+    "the paper's, unshared": (eqx.tree_at(lambda s: s.sharing, Settings.paper().solver, None), 1),
+    "Descent (default)": (Descent(), 10),
+    "Descent, unshared": (Descent(sharing=None), 10),
+    "Proximal": (Proximal(), 10),
+    "Adam": (Descent(optimiser=optax.adam(0.3), learning_rate=1.0), 10),
+    "L-BFGS": (Descent(optimiser=optax.lbfgs(), learning_rate=1.0, gamma0=None, sharing=None), 10),
+}
+
+
+def main() -> None:
+    """Follow every solver, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--weights")
+    parser.add_argument("--images", type=int, default=4, help="of each folder")
+    parser.add_argument("--steps", type=int, default=600, help="of the paper's solver; the others take half")
+    arguments = parser.parse_args()
+    backbone = f2pad_jax.load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
+    paths: dict[str, list] = {name: [] for name in SOLVERS}
+    stops: dict[str, list] = {name: [] for name in SOLVERS}
+    for folder in arguments.folders:
+        train, defects = cut_paste(folder, arguments.images)
+        detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
+        for name, (solver, look) in SOLVERS.items():
+            steps = arguments.steps if "paper" in name else arguments.steps // 2
+            unstopped = eqx.tree_at(lambda s: s.tolerance, solver, -1e9)
+            settings = Settings(solver=unstopped, decision=Residual(), max_steps=steps)
+            for image, truth in defects:
+                history = f2pad_jax.history(detector, image, settings=settings, every=EVERY)
+                path = np.array([iou(mask, truth) for mask in history.masks])
+                path = np.pad(path, (0, steps // EVERY + 1 - len(path)), "edge")  # where it became non-finite
+                gains = (history.objective[:-look:look] - history.objective[look::look]) / look
+                done = np.flatnonzero(gains < solver.tolerance)
+                stop = (done[0] + 1) * look if done.size else steps
+                paths[name].append(path)
+                stops[name].append((stop, path[stop // EVERY]))
+            print(f"  {folder.name} {name}: {np.mean(paths[name][-len(defects) :], axis=0)[::10].round(3)}", flush=True)
+    means = {name: np.mean(values, axis=0) for name, values in paths.items()}
+    target = means["the paper's"].max() - 0.01
+    print(f"{len(paths['Adam'])} images; target IoU {target:.3f}\n{'':22}   best  steps to target  own stop  IoU there")
+    for name, mean in means.items():
+        reached = f"{EVERY * np.argmax(mean >= target):15}" if mean.max() >= target else f"{'-':>15}"
+        steps, there = np.mean(stops[name], axis=0)
+        print(f"{name:22}  {mean.max():.3f}  {reached}  {steps:8.0f}  {there:9.3f}")
+
+
+if __name__ == "__main__":
+    main()

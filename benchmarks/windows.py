@@ -1,0 +1,95 @@
+"""Windows against whole images: ``python benchmarks/windows.py FOLDER --weights FILE --out FILE.png [--images N]``.
+
+PatchCore with ResNet18 on a folder in MVTec layout, cut-paste defects (``cutpaste.py``), 224x224, label-free thresholds:
+mean IoU and seconds a solve (compiled before) in the window ``refine`` chooses and in the whole image, taking turns; and a
+picture of the seconds of a hundred steps against the area of a round suspect region in the middle of an image.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+from cutpaste import cut_paste
+from matplotlib.figure import Figure
+
+import f2pad_jax
+from f2pad_jax import Descent, Settings
+from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.refine import WINDOWS, look, solve_window
+from f2pad_jax.region import divided
+
+
+def seconds(function, *arguments, turns: int = 2) -> tuple[float, object]:
+    """The fastest of some calls after one that compiles, and the result."""
+    result = jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - began)
+    return min(times), result
+
+
+def main() -> None:
+    """Compare, then plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    backbone = f2pad_jax.load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
+    train, defects = cut_paste(arguments.folder, arguments.images)
+    detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
+    rows = []
+    for image, truth in defects:
+        row = []
+        for settings in (Settings(), Settings(margin=None)):
+            took, result = seconds(lambda s, x=image: f2pad_jax.refine(detector, x, settings=s), settings, turns=1)
+            row += [iou(np.asarray(result.mask), truth), took]
+        parts = divided(np.asarray(result.region), Settings().margin, detector.stride, WINDOWS)
+        sides = " and ".join(str(window[0]) for _, window in parts)
+        rows.append(row)
+        print(
+            f"  {100 * np.asarray(result.region).mean():4.1f} % suspect, window {sides}: IoU {row[0]:.3f}"
+            f" in {row[1]:.1f} s; whole image {row[2]:.3f} in {row[3]:.1f} s",
+            flush=True,
+        )
+    window, fast, whole, slow = np.mean(rows, axis=0)
+    print(
+        f"{len(rows)} images: IoU {window:.3f} in {fast:.1f} s; whole image {whole:.3f} in {slow:.1f} s"
+        f" ({slow / fast:.1f} times)"
+    )
+    plot(detector, defects[0].image, arguments.out)
+
+
+def plot(detector: f2pad_jax.AbstractDetector, image: np.ndarray, path: Path) -> None:
+    """Seconds of a hundred steps against the area of a disc to solve for."""
+    settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
+    coarse = jax.jit(look)(detector, image, settings)
+    h, w = coarse.mask.shape
+    distance = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2))
+    run = eqx.filter_jit(solve_window)
+    areas, times = [], []
+    for radius in (4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 64, 72, 84):
+        disc = distance < radius
+        marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jax.numpy.asarray(disc),) * 2)
+        ((part, window),) = divided(disc, settings.margin, detector.stride, WINDOWS)
+        took, _ = seconds(run, detector, image, marked, jax.numpy.asarray(part), settings, f2pad_jax.exemplar, window)
+        areas.append(100 * disc.mean())
+        times.append(took)
+        print(f"  {areas[-1]:5.1f} % of the image, window {window[0]:3}: {took:.2f} s", flush=True)
+    figure = Figure(figsize=(5.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(areas, times, "o-", color="black")
+    axes.axhline(times[-1], color="grey", linestyle=":", label="whole image")
+    axes.set(xlabel="suspect region, % of the image", ylabel="seconds for 100 steps", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
