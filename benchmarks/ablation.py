@@ -8,6 +8,7 @@ mask, |a| > τ opened, and of the default one, drawn from the same solution. "In
 import argparse
 from pathlib import Path
 
+import jax
 import numpy as np
 from cutpaste import cut_paste
 
@@ -51,6 +52,7 @@ def main() -> None:
                         columns.setdefault(name, [[], []])[k].append(iou(history.masks[-1], truth))
                         if name == "full":
                             columns.setdefault("initialisation", [[], []])[k].append(iou(history.masks[0], truth))
+                jax.clear_caches()  # each program takes memory maps, of which there are few
                 print(f"  {network} {folder.name} {name}: {np.mean(columns[name], axis=1).round(3)}", flush=True)
             coarse = [iou(np.asarray(f2pad_jax.refine(detector, x, settings=NO_STEP).coarse_mask), m) for x, m in defects]
             columns["coarse"] = [coarse, coarse]

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import equinox as eqx
+import jax
 import numpy as np
 import optax
 from cutpaste import cut_paste
@@ -58,6 +59,7 @@ def main() -> None:
                 stop = (done[0] + 1) * look if done.size else steps
                 paths[name].append(path)
                 stops[name].append((stop, path[stop // EVERY]))
+            jax.clear_caches()  # each program takes memory maps, of which there are few
             print(f"  {folder.name} {name}: {np.mean(paths[name][-len(defects) :], axis=0)[::10].round(3)}", flush=True)
     means = {name: np.mean(values, axis=0) for name, values in paths.items()}
     target = means["the paper's"].max() - 0.01

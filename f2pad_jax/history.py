@@ -154,7 +154,7 @@ def _solve(
     solution = solve(solver, problem, n0, max_steps=s.max_steps, steps_per_check=s.steps_per_check)
     record, weights = solution.memory, problem.weights
     kept = jnp.concatenate([record.n, solution.n[None]])
-    masks = jax.lax.map(lambda n: s.decision(s.solver, Evidence(problem, n0, n, w.excess)), kept)
+    masks = jax.lax.map(lambda n: s.decision(s.solver, Evidence(problem, n0, n, w.excess, w.threshold)), kept)
     least = problem.sparsity(problem.x)
     parts = {
         "feature": record.terms.feature,

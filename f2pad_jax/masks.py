@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.objective import Problem
 from f2pad_jax.region import filled, opened
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
+from f2pad_jax.views import scaled
 
 Scalar = float | Float[Array, ""]
 
@@ -26,6 +28,8 @@ class Evidence(NamedTuple):
     """The solution."""
     excess: Float[Array, "h w"]
     """The coarse map over its level at the border of m0, from 0 (ordinary) over 1 (the border) upwards."""
+    threshold: Scalar = 1.0
+    """The detector's threshold in the same units; below 1 where m0 was cut at half of the map's height."""
 
 
 class AbstractDecision(eqx.Module):
@@ -62,6 +66,10 @@ class Mixture(AbstractDecision):
 
     A residual is the least distance of a pixel of x to those of n around it, so that structure restored a pixel or two
     from its place is no anomaly.
+
+    Then the mask is tried: x with only the mask replaced by n must look normal to the network. Where the scores stay as
+    they were although the coarse map stands out, the residual has missed a part, as it does where a glaring part of a
+    defect passes for all of it, and the map decides.
     """
 
     steepness: Scalar = 4.0
@@ -79,13 +87,18 @@ class Mixture(AbstractDecision):
     num_steps: int = eqx.field(static=True, default=15)
     """Rounds of expectation-maximisation, static."""
 
+    missed: Scalar = 0.8
+    """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
+
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Where the posterior exceeds one half, opened, with what it encloses."""
-        return filled(opened(self.posterior(evidence) > 0.5))
+        """Where the posterior exceeds one half and what that missed, opened, with what they enclose."""
+        mask = filled(opened(self.posterior(evidence) > 0.5))
+        plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
+        return filled(mask | opened(plain & (unexplained(evidence, mask) > self.missed)))
 
     def posterior(self, evidence: Evidence) -> Float[Array, "h w"]:
         """The probability of an anomaly; 0 outside the region."""
-        problem, n0, n, excess = evidence
+        problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
         residuals = [tolerant_residual(x, m, self.tolerance) for m in (n0, n)]
         values = jnp.log(jnp.stack(residuals, axis=-1) + self.floor)
@@ -104,6 +117,20 @@ class Mixture(AbstractDecision):
             return region * jax.nn.sigmoid(prior + ratio + self.coupling * smoothed(2 * q - 1, self.sigma))
 
         return jax.lax.fori_loop(0, self.num_steps, update, region * jax.nn.sigmoid(prior))
+
+
+def unexplained(evidence: Evidence, mask: Bool[Array, "h w"]) -> Float[Array, "h w"]:
+    """The share of the excess scores (above 1) of x that is left around each pixel once the mask is replaced by n."""
+    problem, _, n, *_ = evidence
+
+    def excess_map(image: Float[Array, "h w 3"]) -> Float[Array, "_h _w"]:
+        seen = problem.seen(image)
+        size = seen.shape[0], seen.shape[1]
+        scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
+        return sum((coarse_map(jnp.maximum(s - 1, 0), size) for s in scores), jnp.zeros(size))
+
+    before, after = jax.lax.map(excess_map, jnp.stack([problem.x, jnp.where(mask[..., None], n, problem.x)]))
+    return scaled(after / jnp.maximum(before, 1e-6), (mask.shape[0], mask.shape[1]))
 
 
 def tolerant_residual(x: Float[Array, "h w 3"], n: Float[Array, "h w 3"], radius: int) -> Float[Array, "h w"]:

@@ -58,6 +58,8 @@ class Coarse(eqx.Module):
     anomaly_map: Float[Array, "h w"]
     excess: Float[Array, "h w"]
     """The map above the ordinary level, over that of m0's border."""
+    threshold: Float[Array, ""]
+    """The detector's threshold in the same units: 1, or less where half of the map's height is above it."""
     mask: Bool[Array, "h w"]
     """m0: where ``excess`` is above 1."""
     region: Bool[Array, "h w"]
@@ -132,7 +134,9 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     anomaly_map = detector.anomaly_map(x)
     excess = detector.excess(anomaly_map)
     mask = detector.coarse_mask(anomaly_map)
-    return Coarse(x, anomaly_map, excess, mask, regions.suspect_region(mask, excess > settings.spill, settings.dilation))
+    region = regions.suspect_region(mask, excess > settings.spill, settings.dilation)
+    threshold = detector.excess(anomaly_map, detector.calibrated.threshold)
+    return Coarse(x, anomaly_map, excess, threshold, mask, region)
 
 
 class Window(eqx.Module):
@@ -150,6 +154,7 @@ class Window(eqx.Module):
     m0: Bool[Array, "_h _w"]
     region: Bool[Array, "_h _w"]
     excess: Float[Array, "_h _w"]
+    threshold: Float[Array, ""]
 
     @staticmethod
     def around(
@@ -162,7 +167,8 @@ class Window(eqx.Module):
         own, view = view_of(box, whole, full)
         m0, region = (own.crop(scaled_mask(mask, full)) for mask in (coarse.mask & part, part))
         known = harmonic(coarse.x, coarse.region & ~part)
-        return Window(box, own, view, known, normalise(image), m0, region, own.crop(scaled(coarse.excess, full)))
+        excess = own.crop(scaled(coarse.excess, full))
+        return Window(box, own, view, known, normalise(image), m0, region, excess, coarse.threshold)
 
     def pose(
         self, detector: AbstractDetector, region: Array, settings: Settings, inpaint: Inpainter, sparse: float | Array = 1.0
@@ -207,7 +213,7 @@ def solve_window(
         problem, n0 = w.pose(detector, region, s, inpaint, sparse)  # lines 1-2
         solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
         solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
-        evidence = Evidence(problem, n0, solution.n, w.excess)
+        evidence = Evidence(problem, n0, solution.n, w.excess, w.threshold)
         mask = jax.lax.cond(sparse > 0, lambda: s.decision(solver, evidence), lambda: region)  # line 9
         return mask, (mask, solution._replace(memory=None))
 

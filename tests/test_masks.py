@@ -6,7 +6,8 @@ from conftest import calibration
 from test_solver import MeanColour
 
 from f2pad_jax import Descent, Evidence, Mixture, Problem, Residual
-from f2pad_jax.masks import tolerant_residual
+from f2pad_jax.masks import tolerant_residual, unexplained
+from f2pad_jax.smoothing import smoothed
 
 SIZE = 48
 
@@ -132,3 +133,19 @@ def test_masks_of_a_batch_equal_those_alone(rng, region, excess):
     together = jax.jit(jax.vmap(posterior))(xs, ns)
     for x, n, found in zip(xs, ns, together, strict=True):
         np.testing.assert_allclose(jax.jit(posterior)(x, n), found, atol=1e-4)
+
+
+def test_what_the_residual_missed_is_left_to_the_map(rng, region):
+    """A defect of two parts, one glaring, one hardly off normal in the pixels yet as plain as the other to the network."""
+    glaring, faint = np.zeros((2, SIZE, SIZE), bool)
+    glaring[12:20, 12:20] = faint[28:36, 28:36] = True
+    n = 0.02 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
+    x = jnp.asarray(n + 3.0 * glaring[..., None] + 0.02 * rng.standard_normal(n.shape).astype(np.float32))
+    x = jnp.where(faint[..., None], 0.7, x)
+    both = np.asarray(smoothed(jnp.asarray(glaring | faint, jnp.float32), 2.0))
+    n = jnp.where(faint[..., None], 0.69, n)  # the solver found little to change there
+    evidence = Evidence(problem(x, region), n, n, jnp.asarray(2 * both), jnp.asarray(0.4))
+    left = np.asarray(unexplained(evidence, jnp.asarray(glaring)))
+    assert left[glaring].max() < 0.5 and left[faint].min() > 0.9
+    assert iou(Mixture(missed=np.inf)(Descent(), evidence), glaring) > 0.9
+    assert iou(Mixture()(Descent(), evidence), glaring | faint) > 0.75

@@ -167,11 +167,12 @@ class AbstractDetector(eqx.Module):
         """
         return self.excess(anomaly_map) > 1
 
-    def excess(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, "h w"]:
-        """How far the map is above the ordinary level (0), in units of the border of m0 (1)."""
+    def excess(self, anomaly_map: Float[Array, "h w"], values: Float[Array, "*v"] | None = None) -> Float[Array, "*v"]:
+        """How far values (default: the map's) are above the ordinary level (0), in units of the border of its m0 (1)."""
         c = self.calibrated
         level = jnp.maximum(c.threshold, half_height(anomaly_map, c.ordinary))
-        return jnp.maximum(anomaly_map - c.ordinary, 0) / jnp.maximum(level - c.ordinary, 1e-6)
+        above = (anomaly_map if values is None else values) - c.ordinary
+        return jnp.maximum(above, 0) / jnp.maximum(level - c.ordinary, 1e-6)
 
 
 def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
