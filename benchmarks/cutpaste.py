@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import scipy.ndimage
+from detectors import SIZE, open_mask
 
 from f2pad_jax.data.cutpaste import Defective, paste_flat
 from f2pad_jax.data.images import list_images, read_image
 from f2pad_jax.units import resized, to_unit
-
-SIZE = (224, 224)
 
 
 def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[Defective]]:
@@ -35,7 +33,6 @@ def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray]
 
 
 def _resized(rng: np.random.Generator, path: Path) -> np.ndarray:
-    with PIL.Image.open(path) as picture:
-        mask = np.asarray(picture.convert("L").resize(SIZE[::-1], PIL.Image.Resampling.NEAREST)) > 127
+    mask = open_mask(path)
     centre, scale = np.array(scipy.ndimage.center_of_mass(mask)), rng.uniform(0.5, 1.2)
     return scipy.ndimage.affine_transform(mask.astype(np.uint8), np.eye(2) / scale, centre - centre / scale, order=0) > 0

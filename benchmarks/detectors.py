@@ -34,8 +34,14 @@ def read_mask(folder: Path, path: Path, relative: Path) -> np.ndarray:
     """The ground truth of a test image, by its path under ``test``; empty for a good one."""
     if relative.parts[0] == "good":
         return np.zeros(SIZE, bool)
-    mask = PIL.Image.open(folder / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png").convert("L")
-    return np.asarray(mask.resize(SIZE[::-1], PIL.Image.Resampling.NEAREST)) > 127
+    return open_mask(folder / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png")
+
+
+def open_mask(path: Path, size: tuple[int, int] | None = SIZE) -> np.ndarray:
+    """A mask's picture at ``size``, by nearest neighbour; None: its own."""
+    with PIL.Image.open(path) as picture:
+        mask = picture.convert("L")
+    return np.asarray(mask.resize(size[::-1], PIL.Image.Resampling.NEAREST) if size else mask) > 127
 
 
 def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:

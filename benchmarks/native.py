@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
+from detectors import open_mask
 
 import f2pad_jax
 from f2pad_jax.data.images import list_images, read_image
@@ -41,8 +41,8 @@ def main() -> None:
     rows = []
     for path, relative in list_images([arguments.large / "test"])[: arguments.images]:
         image = np.asarray(to_unit(read_image(path)))
-        mask = PIL.Image.open(arguments.large / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png").convert("L")
-        truth, size = np.asarray(mask) > 127, image.shape[:2]
+        mask = arguments.large / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png"
+        truth, size = open_mask(mask, None), image.shape[:2]
         masks, seconds = [], []
         for version in (np.asarray(resized(jnp.asarray(image), detector.size)), image):
             for _ in range(2):  # once to compile

@@ -69,7 +69,7 @@ def main() -> None:
 def plot(detector: f2pad_jax.AbstractDetector, image: np.ndarray, path: Path) -> None:
     """Seconds of a hundred steps against the area of a disc to solve for."""
     settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
-    coarse = jax.jit(look)(detector, image, settings)
+    coarse = look(detector, image, settings)
     h, w = coarse.mask.shape
     distance = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2))
     run = eqx.filter_jit(solve_window)

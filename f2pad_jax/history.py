@@ -17,11 +17,10 @@ from f2pad_jax.evaluation.pictures import overlay, to_uint8
 from f2pad_jax.inpaint import Inpainter, choose
 from f2pad_jax.masks import Evidence
 from f2pad_jax.objective import Terms
-from f2pad_jax.refine import WINDOWS, Coarse, Window, look
+from f2pad_jax.refine import WINDOWS, Coarse, Window, _untouched, look
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, Recorded, Solution, solve
 from f2pad_jax.units import denormalise, to_unit
-from f2pad_jax.views import scaled_mask
 
 
 class History(NamedTuple):
@@ -111,16 +110,17 @@ def history(
     if every < 1:
         raise OptionError(f"every={every}: keep n every 1 step or more")
     settings = settings or Settings()
+    constants = jax.tree.map(jnp.asarray, settings)
     unit = to_unit(image)
     if unit.ndim == 4:
         raise ImageError("a history is one image's: pass them one at a time")
     _, inpaint = choose(inpaint, detector.calibrated.normals, traced=False)
-    coarse = jax.jit(look)(detector, unit, settings)
+    coarse = look(detector, unit, constants)
     region = np.asarray(coarse.region)
     if not region.any() or region.all():
-        outcome = Outcome.COVERS_IMAGE if region.all() else Outcome.NOTHING_TO_REFINE
+        untouched = _untouched(unit, coarse)
+        outcome, mask = Outcome(int(untouched.outcome)), np.asarray(untouched.mask)
         nothing, kept = np.zeros(0, np.float32), np.asarray(unit)
-        mask = np.asarray(scaled_mask(coarse.mask & coarse.region, kept.shape[:2]))
         return History(
             kept, nothing, dict.fromkeys(Terms._fields, nothing), np.zeros(1, int), kept[None], mask[None], outcome
         )
@@ -128,7 +128,6 @@ def history(
     if settings.margin is not None:
         window = regions.window_size(region, settings.margin, detector.stride, WINDOWS)
     limit = -(-int(settings.max_steps) // settings.steps_per_check) * settings.steps_per_check
-    constants = jax.tree.map(jnp.asarray, settings)
     solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)
     count = int(solution.steps)
     steps = np.append(np.arange(0, count, every), count)
@@ -136,7 +135,7 @@ def history(
     return History(
         np.asarray(unit),
         np.asarray(objective[:count]),
-        {name: np.asarray(terms[name][:count]) for name in Terms._fields},
+        {name: np.asarray(values[:count]) for name, values in terms._asdict().items()},
         steps,
         np.clip(np.asarray(n)[rows], 0.0, 1.0),
         np.asarray(masks)[rows],
@@ -147,22 +146,17 @@ def history(
 @eqx.filter_jit
 def _solve(
     detector, image, coarse: Coarse, settings: Settings, inpaint, size, limit: int, every: int
-) -> tuple[Solution, Array, dict[str, Array], Array, Array]:
+) -> tuple[Solution, Array, Terms, Array, Array]:
     s, w = settings, Window.around(detector, image, coarse, coarse.region, size)
     problem, n0 = w.pose(detector, w.region, s, inpaint)
     solver = Recorded(solver=s.solver, max_steps=limit, every=every)  # pyright: ignore[reportCallIssue]
     solution = solve(solver, problem, n0, max_steps=s.max_steps, steps_per_check=s.steps_per_check)
-    record, weights = solution.memory, problem.weights
+    record = solution.memory
     kept = jnp.concatenate([record.n, solution.n[None]])
     masks = jax.lax.map(lambda n: s.decision(s.solver, Evidence(problem, n0, n, w.excess, w.threshold)), kept)
     least = problem.sparsity(problem.x)
-    parts = {
-        "feature": record.terms.feature,
-        "prior": weights.alpha1 * record.terms.prior,
-        "variation": weights.alpha2 * record.terms.variation,
-        "sparsity": weights.beta * (record.terms.sparsity - least),
-    }
-    objective = record.objective - weights.beta * least
+    terms = problem.weighted(record.terms._replace(sparsity=record.terms.sparsity - least))
+    objective = record.objective - problem.weights.beta * least
     empty = jnp.zeros(image.shape[:2], bool)
     images = jax.vmap(lambda n: denormalise(w.own.paste(n, w.image)))(kept)
-    return solution, objective, parts, images, jax.vmap(lambda mask: w.own.paste(mask, empty))(masks)
+    return solution, objective, terms, images, jax.vmap(lambda mask: w.own.paste(mask, empty))(masks)

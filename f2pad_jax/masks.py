@@ -124,10 +124,8 @@ def unexplained(evidence: Evidence, mask: Bool[Array, "h w"]) -> Float[Array, "h
     problem, _, n, *_ = evidence
 
     def excess_map(image: Float[Array, "h w 3"]) -> Float[Array, "_h _w"]:
-        seen = problem.seen(image)
-        size = seen.shape[0], seen.shape[1]
-        scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
-        return sum((coarse_map(jnp.maximum(s - 1, 0), size) for s in scores), jnp.zeros(size))
+        h, w, _ = jax.eval_shape(problem.view, image).shape
+        return sum((coarse_map(jnp.maximum(s - 1, 0), (h, w)) for s in problem.scores(image)), jnp.zeros((h, w)))
 
     before, after = jax.lax.map(excess_map, jnp.stack([problem.x, jnp.where(mask[..., None], n, problem.x)]))
     return scaled(after / jnp.maximum(before, 1e-6), (mask.shape[0], mask.shape[1]))

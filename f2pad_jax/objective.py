@@ -36,6 +36,9 @@ class Terms(NamedTuple):
     sparsity: Float[Array, ""]
 
 
+_AS_IT_IS = View()
+
+
 class Problem(eqx.Module):
     """Eq. (12) for one window: find n, at the image's own resolution. All images in normalised intensity."""
 
@@ -50,8 +53,8 @@ class Problem(eqx.Module):
     """Positions that enter l_n, one map per scored layer."""
     weights: Weights
     penalty: AbstractPenalty = Log()
-    view: View | None = None
-    """How the network sees n; None: as it is."""
+    view: View = _AS_IT_IS
+    """How the network sees n."""
 
     @staticmethod
     def make(
@@ -65,7 +68,7 @@ class Problem(eqx.Module):
         beta: Scalar = 0.0,
         penalty: AbstractPenalty | None = None,
         reach: int | None = 8,
-        view: View | None = None,
+        view: View = _AS_IT_IS,
     ) -> "Problem":
         """The problem of optimising ``region``; ``where`` is what the detector needs to score this window.
 
@@ -81,26 +84,24 @@ class Problem(eqx.Module):
             reach: positions within this many of the network's pixels of the region enter l_n; None: all.
             view: how the network sees n.
         """
-        seen = x if view is None else jax.eval_shape(view, x)
-        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, seen, where)]
-        near = region if view is None else view.touched(region)
-        affected = tuple(affected_positions(near, shape, reach) for shape in shapes)
-        share = 1.0 if view is None else view.share
-        weights = Weights(alpha1 * share, alpha2 * share**0.5, beta)
+        shapes = [scores.shape for scores in jax.eval_shape(detector.scores, jax.eval_shape(view, x), where)]
+        affected = tuple(affected_positions(view.touched(region), shape, reach) for shape in shapes)
+        weights = Weights(alpha1 * view.share, alpha2 * view.share**0.5, beta)
         return Problem(detector, x, region, where, affected, weights, penalty or Log(), view)
 
     def with_beta(self, beta: Scalar) -> "Problem":
         """The same problem with another weight of the sparsity term."""
         return eqx.tree_at(lambda p: p.weights.beta, self, beta)
 
-    def seen(self, n: Float[Array, "h w 3"]) -> Float[Array, "_h _w 3"]:
-        """What the network sees of n."""
-        return n if self.view is None else self.view(n)
+    def scores(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k"], ...]:
+        """The scores of another image of this window, looked up afresh."""
+        seen = self.view(image)
+        return self.detector.scores(seen, self.detector.refresh(seen, self.where))
 
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
         return Terms(
-            feature_loss(self.detector, self.seen(n), self.where, self.affected),
+            feature_loss(self.detector, self.view(n), self.where, self.affected),
             pixel_prior_loss(self.detector.calibrated.prior, n, self.region),
             total_variation(n),
             self.sparsity(n),
@@ -110,10 +111,15 @@ class Problem(eqx.Module):
         """Eq. (12): l_n(n) + α1·l_p1(n) + α2·l_p2(n) + β·l_a(x - n)."""
         return self.smooth(n) + self.weights.beta * self.sparsity(n)
 
+    def weighted(self, terms: Terms) -> Terms:
+        """What each of the four adds to Eq. (12)."""
+        t, w = terms, self.weights
+        return Terms(t.feature, w.alpha1 * t.prior, w.alpha2 * t.variation, w.beta * t.sparsity)
+
     def smooth(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
         """Eq. (12) without its sparsity term."""
-        t, w = self.terms(n), self.weights
-        return t.feature + w.alpha1 * t.prior + w.alpha2 * t.variation
+        t = self.weighted(self.terms(n))
+        return t.feature + t.prior + t.variation
 
     def sparsity(self, n: Float[Array, "h w 3"]) -> Float[Array, ""]:
         """l_a(x - n)."""
@@ -131,8 +137,7 @@ def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scala
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
     times too large and n returns to x. ``Settings.beta0`` selects :func:`paper_weight`.
     """
-    seen = problem.seen(problem.x)
-    scores = problem.detector.scores(seen, problem.detector.refresh(seen, problem.where))
+    scores = problem.scores(problem.x)
     evidence = sum(jnp.sum(a * jnp.maximum(s - 1, 0)) for a, s in zip(problem.affected, scores, strict=True))
     span = problem.sparsity(n0) - problem.sparsity(problem.x)
     return sparsity * evidence / jnp.maximum(span, 1.0)

@@ -128,6 +128,7 @@ def refine(
     return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
 
 
+@jax.jit
 def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings) -> Coarse:
     """Coarse map, m0 and suspect region of an image in 0..1."""
     x = normalise(resized(image, detector.size))
@@ -146,7 +147,7 @@ class Window(eqx.Module):
     """Where the network looks, in the image of the detector's size."""
     own: Box
     """The same in the image itself."""
-    view: View | None
+    view: View
     known: Float[Array, "h w 3"]
     """The image at the detector's size, without what other defects there are: nothing to borrow from."""
     image: Float[Array, "H W 3"]
@@ -175,13 +176,13 @@ class Window(eqx.Module):
     ) -> tuple[Problem, Float[Array, "_h _w 3"]]:
         """The first guess inside ``region`` and the problem that starts from it (lines 1-2), β times ``sparse``."""
         s, empty = settings, jnp.zeros(_size(self.known), bool)
-        seen = region if self.view is None else self.view.touched(region)
-        n0 = self.own.crop(scaled(inpaint(self.known, self.box.paste(seen, empty)), _size(self.image)))
+        hidden = self.box.paste(self.view.touched(region), empty)
+        n0 = self.own.crop(scaled(inpaint(self.known, hidden), _size(self.image)))
         problem = Problem.make(
             detector,
             self.own.crop(self.image),
             region,
-            detector.locate(n0 if self.view is None else self.view(n0), self.box.corner),
+            detector.locate(self.view(n0), self.box.corner),
             alpha1=s.alpha1,
             alpha2=s.alpha2,
             penalty=s.penalty,
@@ -230,6 +231,7 @@ def solve_window(
     return Solved(mask, w.own.paste(n, w.image), first.steps, first.objective, first.outcome)
 
 
+@jax.jit
 def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Refined:
     """Results for an image in 0..1, the coarse ones at its size."""
     size = _size(image)
@@ -250,7 +252,7 @@ def compose(image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved) -> Ref
 def _refine_on_host(detector, batch, settings, inpaint, batch_size, progress) -> Refined:
     """Divide each image's region, choose windows, and run parts with windows alike together, ``batch_size`` at a time."""
     total = len(batch)
-    coarse = [_look(detector, image, settings) for image in batch]
+    coarse = [look(detector, image, settings) for image in batch]
     solved, groups = [], {}
     for i, c in enumerate(coarse):
         solved.append(_untouched(batch[i], c))
@@ -269,16 +271,12 @@ def _refine_on_host(detector, batch, settings, inpaint, batch_size, progress) ->
                 solved[i] = _merged(solved[i], jax.tree.map(lambda leaf, lane=lane: leaf[lane], out))
                 waiting[i] -= 1
             progress(total - sum(count > 0 for count in waiting.values()), total)
-    results = [_compose(batch[i], coarse[i], solved[i]) for i in range(total)]
+    results = [compose(batch[i], coarse[i], solved[i]) for i in range(total)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
 def _size(image: Array) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
-
-
-_look = jax.jit(look)
-_compose = jax.jit(compose)
 
 
 @eqx.filter_jit

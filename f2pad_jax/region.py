@@ -1,6 +1,6 @@
 """Where to look: thresholded map -> filled, dilated region -> window; and the morphology the mask needs.
 
-All of it is array code: fixed shapes, no host, so it runs inside ``jit`` and ``vmap``.
+All but the choice of windows is array code: fixed shapes, no host, so it runs inside ``jit`` and ``vmap``.
 """
 
 import itertools

@@ -25,30 +25,35 @@ class Box(eqx.Module):
 
 
 class View(eqx.Module):
-    """The part of a bilinear resize (antialiased when shrinking) that makes one window of the small image."""
+    """The part of a bilinear resize (antialiased when shrinking) that makes one window of the small image.
 
-    rows: Float[Array, "_h _H"]
-    columns: Float[Array, "_w _W"]
-    share: float = eqx.field(static=True)
+    Without matrices the network sees the image as it is.
+    """
+
+    rows: Float[Array, "_h _H"] | None = None
+    columns: Float[Array, "_w _W"] | None = None
+    share: float = eqx.field(static=True, default=1.0)
     """Pixels of the small image to one of the large."""
 
     def __call__(self, image: Float[Array, "_H _W c"]) -> Float[Array, "_h _w c"]:
         """What the network sees of a window of the image; linear, so that gradients pass."""
+        if self.rows is None or self.columns is None:
+            return image
         return jnp.einsum("iI,jJ,IJc->ijc", self.rows, self.columns, image, precision="highest", optimize="optimal")
 
     def touched(self, mask: Bool[Array, "_H _W"]) -> Bool[Array, "_h _w"]:
         """The pixels that see any of the mask."""
-        return self(mask[..., None].astype(self.rows.dtype))[..., 0] > 1e-3
+        return self(mask[..., None].astype(jnp.float32))[..., 0] > 1e-3
 
 
-def view_of(box: Box, size: tuple[int, int], own: tuple[int, int]) -> tuple[Box, View | None]:
+def view_of(box: Box, size: tuple[int, int], own: tuple[int, int]) -> tuple[Box, View]:
     """The pixels of an image of size ``own`` that ``box`` of its resize to ``size`` depends on, and that resize.
 
-    No view, and the same box, where the image has the network's size. The resize is exact: a pixel of the window gets
+    The same box, seen as it is, where the image has the network's size. The resize is exact: a pixel of the window gets
     what it would in a resize of the whole image.
     """
     if size == own:
-        return box, None
+        return box, View()
     starts, sides, matrices = [], [], []
     for axis in (0, 1):
         scale = own[axis] / size[axis]

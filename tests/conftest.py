@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax import Calibration, PixelPrior, load_backbone
+from f2pad_jax import Calibration, PatchCore, PixelPrior, fit, load_backbone
+from f2pad_jax.data.textures import load_texture
 from f2pad_jax.units import MEAN, STD
 
 
@@ -23,6 +24,20 @@ def shared():
 @pytest.fixture(scope="session")
 def backbone():
     return load_backbone("efficientnet-lite0")
+
+
+SIZE = 96
+"""Side of the small photographs that whole images are refined on."""
+
+
+@pytest.fixture(scope="module")
+def texture():
+    return load_texture("brick", size=SIZE, num_train=6, num_test=3)
+
+
+@pytest.fixture(scope="module")
+def detector(texture, backbone):
+    return fit(PatchCore, texture.train, backbone, size=(SIZE, SIZE))
 
 
 def smooth_image(seed, size=64):

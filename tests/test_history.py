@@ -4,23 +4,12 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import SIZE
 
-from f2pad_jax import ImageError, OptionError, Outcome, PatchCore, Settings, fit, history, refine
-from f2pad_jax.data.textures import load_texture
+from f2pad_jax import ImageError, OptionError, Outcome, Settings, history, refine
 from f2pad_jax.evaluation.metrics import iou
 
-SIZE = 96
 SETTINGS = Settings(max_steps=35)
-
-
-@pytest.fixture(scope="module")
-def texture():
-    return load_texture("brick", size=SIZE, num_train=6, num_test=2)
-
-
-@pytest.fixture(scope="module")
-def detector(texture, backbone):
-    return fit(PatchCore, texture.train, backbone, size=(SIZE, SIZE))
 
 
 @pytest.fixture(scope="module")

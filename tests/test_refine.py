@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SIZE
 
 from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, refine
 from f2pad_jax.data.textures import load_texture
@@ -11,18 +12,6 @@ from f2pad_jax.refine import WINDOWS
 from f2pad_jax.region import divided
 from f2pad_jax.units import MEAN, STD, resized, to_unit
 from f2pad_jax.views import scaled_mask
-
-SIZE = 96
-
-
-@pytest.fixture(scope="module")
-def texture():
-    return load_texture("brick", size=SIZE, num_train=6, num_test=3)
-
-
-@pytest.fixture(scope="module")
-def detector(texture, backbone):
-    return fit(PatchCore, texture.train, backbone, size=(SIZE, SIZE))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import smooth_image
 
-from f2pad_jax.views import Box, scaled, scaled_mask, view_of
+from f2pad_jax.views import Box, View, scaled, scaled_mask, view_of
 
 NETWORK = (64, 64)
 
@@ -26,7 +26,7 @@ def test_a_window_sees_what_the_resize_of_the_whole_image_shows_there(own, corne
 
 def test_an_image_of_the_networks_size_is_seen_as_it_is():
     box = Box(jnp.array([8, 16]), (32, 32))
-    assert view_of(box, NETWORK, NETWORK) == (box, None)
+    assert view_of(box, NETWORK, NETWORK) == (box, View())
     image, mask = jnp.asarray(smooth_image(0)), jnp.ones(NETWORK, bool)
     assert scaled(image, NETWORK) is image and scaled_mask(mask, NETWORK) is mask
 

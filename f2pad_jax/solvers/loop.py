@@ -114,7 +114,7 @@ def solve(
 
     def chunk(carry):
         where, state, steps, failed, _ = carry
-        where = problem.detector.refresh(problem.seen(state.n), where)
+        where = problem.detector.refresh(problem.view(state.n), where)
         now = dataclasses.replace(problem, where=where)
         carry = state, steps, failed
         new, steps, failed = jax.lax.fori_loop(0, steps_per_check, lambda _, c: advance(now, c), carry)
