@@ -12,7 +12,7 @@ from sklearn.covariance import EmpiricalCovariance
 from f2pad_jax import PaDiM
 from f2pad_jax.detectors import padim
 from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.detectors.padim import Full, LowRank
+from f2pad_jax.detectors.padim import Full, LowRank, quadratic
 from f2pad_jax.errors import OptionError
 
 SIZE, SIDE = 64, 16
@@ -155,10 +155,27 @@ def test_mean_is_that_of_the_features(detector, features):
     np.testing.assert_allclose(detector.mean, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_whitening_turns_the_covariance_into_the_identity(detector, features):
-    w = np.asarray(detector.precision.whitening, np.float64)
-    white = w @ covariances(features) @ w.swapaxes(2, 3)
-    np.testing.assert_allclose(white, np.broadcast_to(np.eye(CHANNELS), white.shape), rtol=0, atol=1e-3)
+def test_precision_times_covariance_is_the_identity(detector, features):
+    product = np.asarray(detector.precision.precision, np.float64) @ covariances(features)
+    np.testing.assert_allclose(product, np.broadcast_to(np.eye(CHANNELS), product.shape), rtol=0, atol=1e-3)
+
+
+def test_quadratic_form_has_every_derivative_of_the_plain_one():
+    rng = np.random.default_rng(4)
+    with jax.enable_x64(True):
+        root, vector = rng.standard_normal((2, 3, 3)), jnp.asarray(rng.standard_normal((2, 3)))
+        matrix = jnp.asarray(root @ root.swapaxes(1, 2))
+
+        def plain(matrix, vector):
+            return jnp.einsum("bi,bij,bj->b", vector, matrix, vector)
+
+        for transform, argnums in ((jax.jacfwd, (0, 1)), (jax.jacrev, (0, 1)), (jax.hessian, 1)):
+            for found, expected in zip(
+                jax.tree.leaves(transform(quadratic, argnums=argnums)(matrix, vector)),
+                jax.tree.leaves(transform(plain, argnums=argnums)(matrix, vector)),
+                strict=True,
+            ):
+                np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_scores_are_scikit_learns_squared_mahalanobis_distances(detector, features, test_features, test_image):

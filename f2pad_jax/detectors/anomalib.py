@@ -14,7 +14,7 @@ from f2pad_jax.backbones import BACKBONES, canonical_name, load_backbone
 from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress, silent
 from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
 from f2pad_jax.detectors.fit import calibrate
-from f2pad_jax.detectors.padim import BLOCK, Full, PaDiM, by_layer
+from f2pad_jax.detectors.padim import Full, PaDiM, by_layer
 from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import CheckpointError, ImageError
 from f2pad_jax.torchfile import read_training_checkpoint
@@ -137,18 +137,13 @@ def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> P
     order = np.argsort(tensors["model.idx"])
     if not 0 <= tensors["model.idx"].min() <= tensors["model.idx"].max() < sum(backbone.channels):
         raise CheckpointError("keeps channels that its layers do not have")
-    parts = []
-    for start in range(0, h * w, BLOCK):  # Λ⁻¹ = V·diag(v)·Vᵀ, so W = diag(√v)·Vᵀ
-        block = precision[start : start + BLOCK][:, order][:, :, order].astype(np.float64)
-        values, vectors = np.linalg.eigh((block + np.swapaxes(block, 1, 2)) / 2)
-        parts.append((np.sqrt(np.maximum(values, 0))[..., None] * np.swapaxes(vectors, 1, 2)).astype(np.float32))
-    whitening = np.concatenate(parts).reshape(h, w, len(order), len(order))
+    precision = precision[:, order][:, :, order].reshape(h, w, len(order), len(order))
     return PaDiM(
         backbone=backbone,
         size=size,
         channels=by_layer(tensors["model.idx"][order], backbone),
         mean=jnp.asarray(mean[order].T.reshape(h, w, -1)),
-        precision=Full(jnp.asarray(whitening)),
+        precision=Full(jnp.asarray((precision + np.swapaxes(precision, 2, 3)) / 2, jnp.float32)),
     )
 
 

@@ -1,11 +1,13 @@
 """PaDiM (Defard et al., ICPR 2020): a Gaussian at every position, Eq. (7)."""
 
 import itertools
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
@@ -33,17 +35,40 @@ BLOCK = 256
 class Full(eqx.Module):
     """A precision matrix per position."""
 
-    whitening: Float[Array, "h_1 w_1 c c"]
-    """W = L⁻¹, where the covariance is L·Lᵀ."""
+    precision: Float[Array, "h_1 w_1 c c"]
+    """The inverse covariance, symmetric."""
 
     def __call__(self, difference: Float[Array, "h_1 w_1 c"]) -> Float[Array, "h_1 w_1"]:
-        """Squared Mahalanobis distance dᵀ Λ⁻¹ d = ‖W·d‖²."""
-        return jnp.sum(jnp.einsum("hwij,hwj->hwi", self.whitening, difference) ** 2, axis=-1)
+        """Squared Mahalanobis distance dᵀ·Σ⁻¹·d."""
+        return quadratic(self.precision, difference)
 
     @staticmethod
     def of(covariance: Float[np.ndarray, "p c c"]) -> tuple[np.ndarray, ...]:
         """The fields, from float64 covariances."""
-        return (np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.float32),)
+        inverse = np.linalg.inv(covariance)
+        return (((inverse + np.swapaxes(inverse, 1, 2)) / 2).astype(np.float32),)
+
+
+@jax.custom_jvp
+def quadratic(matrix: Float[Array, "*b c c"], vector: Float[Array, "*b c"]) -> Float[Array, "*b"]:
+    """vᵀ·M·v of symmetric matrices. Value and gradient read M, by far the largest array of PaDiM, but once."""
+    return jnp.sum(vector * _product(matrix, vector), axis=-1)
+
+
+@partial(quadratic.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    (matrix, vector), (d_matrix, d_vector) = primals, tangents
+    product = _product(matrix, vector)
+    tangent = jnp.zeros(vector.shape[:-1], vector.dtype)
+    if not isinstance(d_vector, SymbolicZero):
+        tangent += jnp.sum(2 * product * d_vector, axis=-1)
+    if not isinstance(d_matrix, SymbolicZero):
+        tangent += jnp.sum(vector * _product(d_matrix, vector), axis=-1)
+    return jnp.sum(vector * product, axis=-1), tangent
+
+
+def _product(matrix: Array, vector: Array) -> Array:
+    return jnp.einsum("...ij,...j->...i", matrix, vector)
 
 
 class LowRank(eqx.Module):

@@ -115,14 +115,17 @@ class PatchCore(AbstractDetector):
         """
         features = embed(self.backbone, image)
 
+        norms = jnp.sum(self.memory_bank**2, axis=-1)
+
         def choose(block):
             feature, indices = block
-            candidates = self.memory_bank[indices]
-            best = jnp.argmin(jnp.sum((candidates - feature[:, None]) ** 2, axis=-1), axis=1)
-            return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]
+            products = jnp.einsum("pkc,pc->pk", self.memory_bank[indices], feature)
+            best = jnp.argmax(2 * products - norms[indices], axis=1)
+            return jnp.take_along_axis(indices, best[:, None], axis=1)[:, 0]
 
-        chosen = _blocked(choose, (features.reshape(-1, features.shape[-1]), where.indices))
-        return Candidates(where.indices, chosen.reshape(features.shape))
+        # few positions at a time, so that their candidates stay in the cache
+        chosen = _blocked(choose, (features.reshape(-1, features.shape[-1]), where.indices), block=64)
+        return Candidates(where.indices, self.memory_bank[chosen].reshape(features.shape))
 
     def raw_scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
         """Squared L2 distance to the nearest candidate, Eq. (5)."""
