@@ -157,6 +157,7 @@ VARIANTS = {
     "momentum": Descent(optimiser=optax.sgd(0.01, 0.9), learning_rate=1.0),
     "L-BFGS": Descent(optimiser=optax.lbfgs(), sharing=None, gamma0=None, learning_rate=1.0),
     "proximal": Proximal(),
+    "proximal, shared": Proximal(sharing=Sharing()),
 }
 
 
@@ -174,7 +175,7 @@ def test_the_proximal_solver_finds_the_patch_by_exact_zeros(problem):
     """On a quadratic objective: where the pasted patch is, and nowhere else, a ≠ 0; no threshold is applied."""
     patch = np.zeros((24, 24), bool)
     patch[8:14, 9:17] = True
-    solution = solve(Proximal(), problem, jnp.zeros_like(problem.x), max_steps=300)
+    solution = solve(Proximal(sharing=Sharing()), problem, jnp.zeros_like(problem.x), max_steps=300)
     mask = np.asarray(Proximal().postprocess(problem, solution.n, np.inf))
     np.testing.assert_array_equal(mask, np.any(np.asarray(solution.n != problem.x), axis=-1))
     assert 0 < mask.sum() < np.asarray(problem.region).sum()
@@ -182,24 +183,27 @@ def test_the_proximal_solver_finds_the_patch_by_exact_zeros(problem):
 
 
 def test_the_proximal_step_equals_a_plain_numpy_one(problem):
-    solver = Proximal(sharing=None)
+    solver = Proximal()
     state = solver.init(problem, jnp.zeros_like(problem.x))
     x, region, n = np.asarray(problem.x), np.asarray(problem.region), np.asarray(state.n)
-    for _ in range(3):
+    for _ in range(9):
         state = solver.step(problem, state)
     m = v = s = previous = np.zeros_like(x)
-    for step in range(1, 4):
+    steepest = np.zeros(x.shape[:2])
+    for step in range(1, 10):
         g = np.asarray(jax.grad(problem.smooth)(jnp.asarray(n))) * region[..., None]
         d = g - previous if step > 1 else np.zeros_like(g)
         m, v, s = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * d, 0.99 * s + 0.01 * (g + 0.92 * d) ** 2
         hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
-        eta = 0.3 / (np.sqrt(hats[2].mean(-1)) + 1e-8)
+        steepest = np.maximum(steepest, hats[2].mean(-1))
+        eta = 0.3 / (np.sqrt(steepest) + 1e-8)
         root = np.sqrt(hats[2])
         a = x - np.clip(n - eta[..., None] * root * (hats[0] + 0.92 * hats[1]) / (root + 1e-8), LOWEST, HIGHEST)
         size = np.linalg.norm(a, axis=-1)
         kept = np.asarray(problem.penalty.shrunk(jnp.asarray(size), jnp.asarray(0.02 * eta)))
         n = np.where(region[..., None], x - a * (kept / np.maximum(size, 1e-8))[..., None], x)
         previous = g
+    assert np.any(steepest > hats[2].mean(-1))  # somewhere Adan's own step would have grown
     np.testing.assert_allclose(state.n, n, atol=1e-9)
 
 
