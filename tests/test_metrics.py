@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import scipy.ndimage
+import skimage.measure
+import skimage.segmentation
 import sklearn.metrics
 
-from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
+from f2pad_jax.evaluation.metrics import aupro, auroc, average_precision, best_threshold, boundary_f1, dice, f1_max, iou
 from f2pad_jax.evaluation.pictures import OUTLINE, gallery, overlay, to_uint8
 
 
@@ -161,3 +163,67 @@ def test_gallery_takes_masks_grey_and_floats_of_any_size():
 def test_gallery_refuses_rows_without_labels():
     with pytest.raises(ValueError):
         gallery([[picture()], [picture()]], ["a"], ["only one"])
+
+
+def test_what_holds_at_every_threshold_equals_scikit_learns():
+    maps, truth = blurred_truth(3, (4, 20, 25))
+    flat = truth.ravel(), maps.ravel()
+    assert f1_max(maps, truth) == pytest.approx(brute_force(maps, truth), rel=1e-12)
+    assert average_precision(maps, truth) == pytest.approx(sklearn.metrics.average_precision_score(*flat), rel=1e-12)
+    assert auroc(maps, truth) == pytest.approx(sklearn.metrics.roc_auc_score(*flat), rel=1e-12)
+    assert all(np.isnan(measure(maps, truth & False)) for measure in (average_precision, auroc, aupro))
+
+
+def overlap_curve(maps, truth):
+    """False positive rate and mean overlap of regions, threshold by threshold, by scikit-image's labels."""
+    regions = [
+        (k, labels == i)
+        for k, labels in enumerate(skimage.measure.label(mask, connectivity=2) for mask in truth)
+        for i in range(1, labels.max() + 1)
+    ]
+    thresholds = [np.inf, *np.unique(maps)[::-1]]
+    fpr = np.array([(maps >= t)[~truth].mean() for t in thresholds])
+    pro = np.array([np.mean([(maps[k] >= t)[region].mean() for k, region in regions]) for t in thresholds])
+    return fpr, pro
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_aupro_integrates_the_curve_of_regions_found(seed, limit):
+    rng = np.random.default_rng(seed)
+    truth = scipy.ndimage.gaussian_filter(rng.standard_normal((3, 12, 14)), (0, 1.5, 1.5)) > 0.15
+    maps = np.round(4 * (truth + rng.normal(0, 0.6, truth.shape))) / 4  # with ties
+    fpr, pro = overlap_curve(maps, truth)
+    grid = np.linspace(0, limit, 200_001)
+    expected = np.interp(grid, fpr, pro).mean()
+    assert aupro(maps, truth, max_fpr=limit) == pytest.approx(expected, abs=2e-3)
+
+
+def test_aupro_weighs_regions_alike_whatever_their_size():
+    truth = np.zeros((1, 20, 20), bool)
+    truth[0, :10, :10] = truth[0, 15, 15] = True
+    large = np.zeros((1, 20, 20), np.float32)
+    large[0, :10, :10] = 1
+    assert aupro(truth.astype(np.float32), truth) == pytest.approx(1)
+    # the other region is found last, along with all that is normal
+    assert aupro(large, truth) == pytest.approx(0.5 + 0.5 * 0.3 / 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tolerance", [0, 1, 2, 3])
+def test_boundary_f1_equals_the_distances_between_scikit_images_outlines(seed, tolerance):
+    rng = np.random.default_rng(seed)
+    masks = [scipy.ndimage.gaussian_filter(rng.standard_normal((30, 40)), 3) > 0.02 for _ in range(2)]
+    points = [np.argwhere(skimage.segmentation.find_boundaries(m, connectivity=1, mode="inner")) for m in masks]
+    distances = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+    precision, recall = (distances.min(1) <= tolerance).mean(), (distances.min(0) <= tolerance).mean()
+    assert boundary_f1(*masks, tolerance) == pytest.approx(2 * precision * recall / (precision + recall), rel=1e-12)
+
+
+def test_boundary_f1_of_a_mask_moved_by_two_pixels():
+    mask = np.zeros((40, 40), bool)
+    mask[10:30, 10:30] = True
+    moved, nothing = np.roll(mask, 2, axis=1), mask & False
+    assert boundary_f1(mask, mask, 0) == 1 == boundary_f1(mask, moved, 2) == boundary_f1(nothing, nothing, 1)
+    assert boundary_f1(mask, moved, 1) < 0.6
+    assert boundary_f1(mask, nothing, 3) == boundary_f1(nothing, mask, 3) == 0

@@ -4,7 +4,7 @@ import scipy.ndimage
 
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.evaluation.peers import grabcut, guided_filter, guided_mask
+from f2pad_jax.evaluation.peers import grabcut, guided_filter, guided_mask, stable_mask
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,16 @@ def test_grabcut_of_nothing_is_nothing(pasted):
     pytest.importorskip("cv2")
     image, _, coarse, region = pasted
     assert not grabcut(image, coarse & ~coarse, region).any()
+
+
+def test_the_stable_mask_keeps_what_stands_out_at_most_thresholds():
+    y, x = np.mgrid[:40, :40]
+    noise = scipy.ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((40, 40)), 1)
+    peaks = np.exp(-((y - 10) ** 2 + (x - 12) ** 2) / 15) + np.exp(-((y - 30) ** 2 + (x - 25) ** 2) / 15)
+    found = stable_mask(peaks + 0.1 * noise, 0.0, 1.0)
+    assert scipy.ndimage.label(found)[1] == 2 and found[10, 12] and found[30, 25] and found.mean() < 0.2
+    assert not stable_mask(0.1 * noise, 0.0, 1.0).any()  # below nearly every threshold: a good image
+    # by hand: parts at 0.875, 0.75, ..., 0 are 0 1 1 1 1 2 2 1; four levels, the last of them 0.375
+    line = np.array([[0.8, 0.0, 0.3, 0.0]])
+    assert np.array_equal(stable_mask(np.maximum(line, 0.05), 0.0, 1.0, num_levels=8), line > 0.375)
+    assert not stable_mask(np.maximum(line, 0.05), 0.0, 1.0, num_levels=8, min_length=5).any()

@@ -189,21 +189,18 @@ def test_the_proximal_step_equals_a_plain_numpy_one(problem):
     for _ in range(9):
         state = solver.step(problem, state)
     m = v = s = previous = np.zeros_like(x)
-    steepest = np.zeros(x.shape[:2])
     for step in range(1, 10):
         g = np.asarray(jax.grad(problem.smooth)(jnp.asarray(n))) * region[..., None]
         d = g - previous if step > 1 else np.zeros_like(g)
         m, v, s = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * d, 0.99 * s + 0.01 * (g + 0.92 * d) ** 2
         hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
-        steepest = np.maximum(steepest, hats[2].mean(-1))
-        eta = 0.3 / (np.sqrt(steepest) + 1e-8)
+        eta = 0.3 / (np.sqrt(hats[2].mean(-1)) + 1e-8)
         root = np.sqrt(hats[2])
         a = x - np.clip(n - eta[..., None] * root * (hats[0] + 0.92 * hats[1]) / (root + 1e-8), LOWEST, HIGHEST)
         size = np.linalg.norm(a, axis=-1)
         kept = np.asarray(problem.penalty.shrunk(jnp.asarray(size), jnp.asarray(0.02 * eta)))
         n = np.where(region[..., None], x - a * (kept / np.maximum(size, 1e-8))[..., None], x)
         previous = g
-    assert np.any(steepest > hats[2].mean(-1))  # somewhere Adan's own step would have grown
     np.testing.assert_allclose(state.n, n, atol=1e-9)
 
 

@@ -59,3 +59,29 @@ def grabcut(
     cv2.setRNGSeed(0)
     cv2.grabCut(pixels, labels, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), num_steps, cv2.GC_INIT_WITH_MASK)
     return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+
+
+def stable_mask(
+    anomaly_map: Float[np.ndarray, "h w"], low: float, high: float, *, num_levels: int = 64, min_length: int = 4
+) -> Bool[np.ndarray, "h w"]:
+    """The map above the threshold at which its parts are the most stable, after MEBin (Huang et al., CVPR 2025).
+
+    The threshold falls from ``high`` to ``low``. Of the intervals over which the number of connected parts (8-neighbours)
+    stays the same and is not zero, the longest gives the mask, at its lower end; where none is as long as ``min_length``
+    levels, the image is good. Departure: MEBin erodes the mask before it counts.
+
+    Args:
+        anomaly_map: of one image.
+        low: the lowest value of all images' maps.
+        high: their highest.
+        num_levels: thresholds that are tried.
+        min_length: the shortest interval that counts as stable.
+    """
+    levels = np.linspace(high, low, num_levels, endpoint=False)
+    counts = np.array([scipy.ndimage.label(anomaly_map > t, np.ones((3, 3)))[1] for t in levels])  # pyright: ignore
+    starts = np.flatnonzero(np.append(True, counts[1:] != counts[:-1]))
+    lengths = np.diff(np.append(starts, num_levels)) * (counts[starts] > 0)
+    best = int(np.argmax(lengths))
+    if lengths[best] < min_length:
+        return np.zeros(anomaly_map.shape, bool)
+    return anomaly_map > levels[starts[best] + lengths[best] - 1]

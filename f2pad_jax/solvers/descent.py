@@ -82,8 +82,7 @@ class Proximal(AbstractSolver):
     """Adan on the smooth terms, then the penalty's proximal map: a pixel is anomalous exactly where a ≠ 0 (Eq. 2).
 
     The moments are Adan's, but a pixel's channels share one step size, the metric in which the penalty, which takes or
-    leaves pixels whole, has its proximal map in closed form. That step only shrinks: Adan's grows again as the gradient
-    dies away, and a growing step takes ever larger a to zero. Departure: the paper descends LOG like the rest.
+    leaves pixels whole, has its proximal map in closed form. Departure: the paper descends LOG like the rest.
     """
 
     learning_rate: Scalar = 0.3
@@ -98,26 +97,24 @@ class Proximal(AbstractSolver):
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """n0 inside the region, x outside; the weights of Eq. (14)."""
         state = start(problem, n0, None)
-        memory = Memory.of(self.sharing, scale_by_adan(*self.momentum), problem.x, state.n)
-        return state._replace(memory=memory._replace(moments=(memory.moments, jnp.zeros(problem.region.shape))))
+        return state._replace(memory=Memory.of(self.sharing, scale_by_adan(*self.momentum), problem.x, state.n))
 
     def step(self, problem: Problem, state: State) -> State:
         """One proximal step, n ← x - prox(x - (n - η·d))."""
-        inside, (share, (moments, steepest)) = problem.region[..., None], state.memory
+        inside, (share, moments) = problem.region[..., None], state.memory
         smooth, gradient = jax.value_and_grad(problem.smooth)(state.n)
         objective = smooth + problem.weights.beta * problem.sparsity(state.n)
         g = shared(gradient, inside, share, jnp.inf)
         direction, updated = scale_by_adan(*self.momentum).update(g, moments)
         assert isinstance(updated, ScaleByAdanState)
         root = jnp.sqrt(updated.s / (1 - self.momentum[2] ** updated.count))
-        steepest = jnp.maximum(steepest, jnp.mean(root**2, axis=-1))
-        eta = self.learning_rate / (jnp.sqrt(steepest[..., None]) + 1e-8)
+        eta = self.learning_rate / (jnp.sqrt(jnp.mean(root**2, axis=-1, keepdims=True)) + 1e-8)
         d = root * jnp.asarray(direction)
         a = problem.x - jnp.clip(state.n - eta * d, LOWEST, HIGHEST)
         size = norm(a)
         kept = problem.penalty.shrunk(size, problem.weights.beta * eta[..., 0]) / jnp.maximum(size, 1e-8)
         n = jnp.where(inside & (kept[..., None] > 0), problem.x - kept[..., None] * a, problem.x)
-        return State(n, objective, Memory(share, (updated, steepest)))
+        return State(n, objective, Memory(share, updated))
 
     def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Any:
         """Where a ≠ 0; ``tau`` isn't needed."""
