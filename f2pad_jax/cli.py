@@ -1,4 +1,4 @@
-"""The command ``f2pad``: demo, fit, import, refine, weights."""
+"""The command ``f2pad``: demo, fit, import, refine, make-dataset, evaluate, weights."""
 
 import argparse
 import contextlib
@@ -90,6 +90,38 @@ def _parser() -> argparse.ArgumentParser:
         "--history", action="store_true", help="also how the solver got there: curves, animation, table (twice the time)"
     )
     refine.set_defaults(run=_refine)
+
+    dataset = commands.add_parser("make-dataset", help="paste synthetic defects on normal images, in MVTec layout")
+    dataset.add_argument("root", type=Path, metavar="ROOT", help="data set in MVTec layout")
+    dataset.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    dataset.add_argument("--categories", nargs="+", metavar="NAME", help="(default: all)")
+    dataset.add_argument(
+        "--protocol", default="cut-paste", help="cut-paste, the paper's flat colours, or hard (%(default)s)"
+    )
+    dataset.add_argument("--count", type=int, default=54, help="defective images of each category (%(default)s)")
+    dataset.add_argument("--size", type=int, default=224, help="side of the images, pixels (%(default)s)")
+    dataset.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    dataset.add_argument("--manifest", type=Path, metavar="FILE", help="make the data set of this manifest again instead")
+    dataset.set_defaults(run=_make_dataset)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="the paper's tables on a data set in MVTec layout; a run that was stopped goes on"
+    )
+    evaluate.add_argument("root", type=Path, metavar="ROOT", help="data set in MVTec layout")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tables, pictures and all else")
+    evaluate.add_argument("--categories", nargs="+", metavar="NAME", help="(default: all)")
+    evaluate.add_argument("--methods", nargs="+", choices=list(DETECTORS), default=["patchcore"], help="(patchcore)")
+    evaluate.add_argument(
+        "--protocol", nargs="+", default=["cut-paste"], help="cut-paste, hard, real, or several (cut-paste)"
+    )
+    evaluate.add_argument("--setting", nargs="+", default=["normal"], help="normal, few-shot (16 images), or both (normal)")
+    evaluate.add_argument("--ablations", nargs="+", default=[], metavar="NAME", help="what to leave out, one at a time")
+    evaluate.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
+    evaluate.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
+    evaluate.add_argument("--images", type=int, help="defective images of each category (default: 54, or all real ones)")
+    evaluate.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    evaluate.set_defaults(run=_evaluate)
 
     weights = commands.add_parser("weights", help="list, fetch, convert and verify the networks' weights")
     actions = weights.add_subparsers(required=True, metavar="ACTION")
@@ -282,6 +314,55 @@ def _refine(arguments: argparse.Namespace) -> None:
         f"{len(records)} images in {time.perf_counter() - start:.0f} s: {anomalous} with an anomaly, "
         f"{len(records) - anomalous} good; masks and results.json are in {arguments.out}"
     )
+
+
+def _make_dataset(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.data.dataset import make_dataset, read_manifest, rebuild_dataset
+
+    _folder(arguments.out)
+    with _progress() as progress:
+        if arguments.manifest:
+            path = rebuild_dataset(arguments.manifest, arguments.root, arguments.out, progress=progress)
+        else:
+            path = make_dataset(
+                arguments.root,
+                arguments.out,
+                categories=arguments.categories,
+                protocol=arguments.protocol,
+                count=arguments.count,
+                size=(arguments.size, arguments.size),
+                seed=arguments.seed,
+                progress=progress,
+            )
+    manifest = read_manifest(path)
+    print(f"{path}: {manifest['count']} defective images of each of {', '.join(manifest['categories'])}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.evaluation.evaluate import evaluate
+    from f2pad_jax.evaluation.tables import write_tables
+
+    _folder(arguments.out)
+    _use_compilation_cache()
+    with _progress() as progress:
+        records = evaluate(
+            arguments.root,
+            arguments.out,
+            categories=arguments.categories,
+            methods=arguments.methods,
+            backbone=arguments.backbone,
+            weights=arguments.weights,
+            protocols=arguments.protocol,
+            settings=arguments.setting,
+            ablations=arguments.ablations,
+            images=arguments.images,
+            size=(arguments.size, arguments.size),
+            seed=arguments.seed,
+            progress=progress,
+        )
+    tables = write_tables(arguments.out, records)[0]
+    print(tables.read_text())
+    print(f"these tables are {tables}; results.json, results.csv, timing.md and pictures/ lie beside them")
 
 
 def _weights_list(arguments: argparse.Namespace) -> None:

@@ -51,15 +51,15 @@ def irregular_shape(
 def paste_flat(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
     """Eq. (16) with a random flat colour as the anomaly source, at least :data:`FAR` from every pixel it covers.
 
-    Departure: colours are drawn until one is far enough, at most 100 times, and else the farthest of them is taken; the
-    paper draws once and multiplies by "a desired factor".
+    Colours are drawn until one is far enough, at most 100 times; what the farthest of them leaves too near is multiplied by
+    the factor nearest to 1 that brings it far enough (paper, Section IV-A: "a desired factor").
 
     Args:
         rng: source of randomness.
         normal: defect-free image in 0..1.
         mask: where to paste.
     """
-    best, colour = -1.0, None
+    best, colour = -1.0, np.zeros(3, np.float32)
     for candidate in rng.uniform(0, 1, (100, 3)).astype(np.float32):
         distance = np.linalg.norm((candidate - normal[mask]) / STD, axis=-1).min()
         if distance > best:
@@ -67,8 +67,17 @@ def paste_flat(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mas
         if best >= FAR:
             break
     image = normal.copy()
-    image[mask] = colour
+    image[mask] = colour if best >= FAR else _corrected(colour, normal[mask])
     return Defective(image, mask)
+
+
+def _corrected(colour: Float[np.ndarray, "3"], covered: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+    """The colour for each covered pixel, made lighter or darker where it is too near."""
+    factors = np.exp(np.linspace(-3, 3, 121, dtype=np.float32))
+    factors = factors[np.argsort(np.abs(np.log(factors)), kind="stable")]  # 1 first, then ever farther from it
+    candidates = np.clip(factors[:, None] * colour, 0, 1)
+    far = np.linalg.norm((candidates[:, None] - covered) / STD, axis=-1) >= FAR
+    return candidates[np.argmax(far, axis=0)]
 
 
 def paste_tint(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
@@ -80,16 +89,21 @@ def paste_tint(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mas
 def paste_stain(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
     """Each channel multiplied by a factor between exp(-0.6) and exp(0.6), with a soft edge."""
     factors = np.exp(rng.uniform(0.2, 1) * rng.uniform(-0.6, 0.6, 3)).astype(np.float32)
-    return _blended(normal, normal * factors, mask)
+    return Defective(blended(normal, normal * factors, mask, 1.0).image, mask)
 
 
 def paste_noise(rng: np.random.Generator, normal: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Defective:
     """Another texture on top: noise of 3 to 20 % of the full range, smooth over half a pixel to four, with a soft edge."""
     sigma = rng.uniform(0.5, 4)
     noise = scipy.ndimage.gaussian_filter(rng.standard_normal(normal.shape).astype(np.float32), (sigma, sigma, 0))
-    return _blended(normal, normal + np.float32(rng.uniform(0.03, 0.2)) * noise / noise.std(), mask)
+    changed = normal + np.float32(rng.uniform(0.03, 0.2)) * noise / noise.std()
+    return Defective(blended(normal, changed, mask, 1.0).image, mask)
 
 
-def _blended(normal: np.ndarray, changed: np.ndarray, mask: np.ndarray) -> Defective:
-    share = scipy.ndimage.gaussian_filter(mask.astype(np.float32), 1.0)[..., None]
-    return Defective((1 - share) * normal + share * np.clip(changed, 0, 1), mask)
+def blended(
+    normal: Float[np.ndarray, "h w 3"], changed: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], sigma: float
+) -> Defective:
+    """``changed`` inside the mask, with an edge ``sigma`` pixels soft; anomalous is what is changed by half or more."""
+    share = scipy.ndimage.gaussian_filter(mask.astype(np.float32), sigma)
+    image = (1 - share[..., None]) * normal + share[..., None] * np.clip(changed, 0, 1)
+    return Defective(image, share >= 0.5)

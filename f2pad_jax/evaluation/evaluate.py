@@ -1,0 +1,393 @@
+"""``f2pad evaluate``: detectors, refined and not, on data in MVTec layout; resumable image by image.
+
+Everything is kept under one folder, ``data/`` (generated defects), ``runs/CASE/`` (a model and a file for each image) and
+``results.json``. What is there is not done again, so a run that was killed goes on, and ends with the same figures; other
+methods, categories or protocols add to the tables of the ones before.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+import f2pad_jax
+from f2pad_jax.backbones import Backbone, find_network, load_backbone
+from f2pad_jax.checkpoints import write_atomically
+from f2pad_jax.data.dataset import PROTOCOLS, make_dataset, read_manifest
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import RESIZING, Category, Sample, open_categories
+from f2pad_jax.detectors import DETECTORS
+from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
+from f2pad_jax.detectors.fit import fit
+from f2pad_jax.errors import CheckpointError, ImageError, OptionError
+from f2pad_jax.evaluation import metrics, peers
+from f2pad_jax.models import load_detector, save_detector
+from f2pad_jax.refine import refine
+from f2pad_jax.settings import Settings
+from f2pad_jax.solvers import Descent
+from f2pad_jax.timing import compile_seconds
+from f2pad_jax.units import resized, to_unit
+
+FULL = "full"
+"""The variant that leaves nothing out."""
+ABLATIONS = {
+    "initialisation": Settings(max_steps=0, restore_steps=0),
+    "no-prior": Settings(alpha1=0.0),
+    "no-sparsity": Settings(sparsity=0.0),
+    "no-sharing": Settings(solver=Descent(sharing=None)),
+    "no-adaptive-step": Settings(solver=Descent(gamma0=None)),
+    "paper": Settings.paper(),
+}
+"""What may be left out (paper, Table III and Fig. 10), and the paper's own settings."""
+SETTINGS = {"normal": None, "few-shot": 16}
+"""Training images of a setting; None: all (paper, Section IV-B)."""
+REAL = "real"
+"""The protocol that takes the defects that are there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One detector on one category."""
+
+    category: str
+    method: str
+    backbone: str
+    protocol: str
+    setting: str
+
+    @property
+    def folder(self) -> str:
+        """Its name under ``runs``."""
+        return "-".join((self.protocol, self.setting, self.category, self.method, self.backbone))
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What is kept of one test image, at the detector's size."""
+
+    name: str
+    image: UInt8[np.ndarray, "h w 3"]
+    truth: Bool[np.ndarray, "h w"]
+    coarse_map: Float[np.ndarray, "h w"]
+    coarse_mask: Bool[np.ndarray, "h w"]
+    region: Bool[np.ndarray, "h w"]
+    normal: UInt8[np.ndarray, "h w 3"]
+    """The image restored."""
+    masks: dict[str, Bool[np.ndarray, "h w"]]
+    """By variant."""
+    steps: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def good(self) -> bool:
+        """Whether there is no defect."""
+        return not self.truth.any()
+
+
+KEPT = ("image", "truth", "coarse_map", "coarse_mask", "region", "normal")
+
+
+def evaluate(
+    root: str | Path,
+    out: str | Path,
+    *,
+    categories: Sequence[str] | None = None,
+    methods: Sequence[str] = ("patchcore",),
+    backbone: str = "efficientnet-lite0",
+    weights: str | Path | None = None,
+    protocols: Sequence[str] = ("cut-paste",),
+    settings: Sequence[str] = ("normal",),
+    ablations: Sequence[str] = (),
+    images: int | None = None,
+    size: tuple[int, int] = (224, 224),
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Fit, refine and measure every case asked for; write ``results.json``; return its records.
+
+    Args:
+        root: a data set in MVTec layout.
+        out: folder for everything.
+        categories: default: all of the data set.
+        methods: of :data:`~f2pad_jax.detectors.DETECTORS`.
+        backbone: the network features are taken from.
+        weights: its weight file; default: the one installed. Layers by default that the file ends before are left out.
+        protocols: of :data:`~f2pad_jax.data.dataset.PROTOCOLS`, or :data:`REAL`.
+        settings: of :data:`SETTINGS`.
+        ablations: of :data:`ABLATIONS`.
+        images: at most this many defective images of each category, spread evenly (real), or generated (paper: 54).
+        size: height and width images are resized to.
+        seed: of everything drawn at random.
+        progress: told how far it is.
+
+    Raises:
+        ImageError: the data set is none, or ``out`` holds a run that was asked for otherwise.
+        OptionError: something unknown was asked for.
+        CheckpointError: the backbone's weights are missing.
+    """
+    known = (
+        ("method", methods, DETECTORS),
+        ("protocol", protocols, (*PROTOCOLS, REAL)),
+        ("setting", settings, SETTINGS),
+        ("ablation", ablations, ABLATIONS),
+    )
+    for what, asked, there in known:
+        for name in asked:
+            if name not in there:
+                raise OptionError(f"{what} '{name}' is unknown; there are {', '.join(there)}")
+    root, out = Path(root), Path(out)
+    for protocol in protocols:
+        data = root if protocol == REAL else out / "data" / protocol
+        if protocol != REAL:
+            _generated(root, data, protocol, categories, images or 54, size, seed, progress)
+        for category in open_categories(data, list(categories) if categories else None):
+            for setting in settings:
+                for method in methods:
+                    case = Case(category.name, method, backbone, protocol, setting)
+                    _run(case, category, out / "runs" / case.folder, weights, ablations, images, size, seed, progress)
+                    jax.clear_caches()  # every program takes memory maps, of which a process has few
+    records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
+    write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
+    return records
+
+
+def _generated(root, data, protocol, categories, count, size, seed, progress) -> None:
+    """The protocol's data set, made unless it is there."""
+    manifest = data / "manifest.json"
+    wanted = {"protocol": protocol, "count": count, "size": list(size), "seed": seed}
+    if manifest.exists():
+        there = read_manifest(manifest)
+        if {key: there[key] for key in wanted} != wanted:
+            raise ImageError(f"{data}: holds another data set than the one asked for; choose another output folder")
+        if not set(categories or there["lenders"]) - set(there["categories"]):
+            return
+        categories = sorted(set(categories or there["lenders"]) | set(there["categories"]))
+    make_dataset(
+        root,
+        data,
+        categories=list(categories) if categories else None,
+        protocol=protocol,
+        count=count,
+        size=size,
+        seed=seed,
+        progress=lambda name, done, total: progress(f"{protocol} defects: {name}", done, total),
+    )
+
+
+def _run(case: Case, category: Category, folder: Path, weights, ablations, images, size, seed, progress: Progress) -> None:
+    """Fit the case's detector and look at its test images, as far as this isn't done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed}
+    file = folder / "case.json"
+    if file.exists() and (there := json.loads(file.read_text())) | asked != there:
+        raise ImageError(f"{folder}: holds a run with another size or seed; choose another output folder")
+    defective = [sample for sample in category.test if sample.mask is not None]
+    if images and images < len(defective):
+        defective = [defective[i] for i in np.linspace(0, len(defective) - 1, images).astype(int)]
+    samples = defective + [sample for sample in category.test if sample.mask is None]
+    missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
+    if not any(missing.values()) and file.exists():
+        return
+    detector, seconds = _fitted(case, category, folder, weights, size, seed, progress)
+    calibration = detector.calibrated
+    about = {
+        **asked,
+        "version": f2pad_jax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "layers": list(detector.backbone.layers),
+        "training_images": len(_training(case, category, seed)),
+        "fit_seconds": seconds,
+        "threshold": float(calibration.threshold),
+        "pixel_components": len(calibration.prior.means),
+        "resizing": RESIZING,
+        "samples": [sample.name for sample in samples],
+    }
+    write_atomically(file, json.dumps(about, indent=1).encode())
+    for k, sample in enumerate(samples):
+        progress(f"{case.folder}: refining", k, len(samples))
+        for variant in missing[sample.name]:
+            _look(detector, sample, folder, variant, size)
+    progress(f"{case.folder}: refining", len(samples), len(samples))
+
+
+def _training(case: Case, category: Category, seed: int) -> list[Path]:
+    """The training images of a setting."""
+    shots = SETTINGS[case.setting] or len(category.train)
+    order = np.random.default_rng(seed).permutation(len(category.train))
+    return [category.train[i] for i in sorted(order[:shots])]
+
+
+def _fitted(
+    case: Case, category: Category, folder: Path, weights, size, seed, progress
+) -> tuple[AbstractDetector, float | None]:
+    """The case's detector, and the seconds its fit took."""
+    model = folder / "detector.model"
+    if model.exists():
+        there = json.loads((folder / "case.json").read_text())["fit_seconds"] if (folder / "case.json").exists() else None
+        return load_detector(model, weights=weights), there
+    method, train = DETECTORS[case.method], _training(case, category, seed)
+    backbone = _deep_as_the_file(case.backbone, method.default_layers(find_network(case.backbone), len(train)), weights)
+    options: dict[str, Any] = {"resume": folder / "detector.partial"} if case.method == "cflow" else {}
+    began = time.perf_counter()
+    detector = fit(
+        method,
+        (read_image(path) for path in train),
+        backbone,
+        size=size,
+        seed=seed,
+        progress=lambda stage, done, total: progress(f"{case.folder}: {stage}", done, total),
+        **options,
+    )
+    save_detector(model, detector)
+    return detector, round(time.perf_counter() - began, 1)
+
+
+def _deep_as_the_file(name: str, layers: tuple[str, ...], weights) -> Backbone:
+    """The backbone, without the layers that a weight file given for it doesn't reach."""
+    while True:
+        try:
+            return load_backbone(name, layers=layers, weights=weights)
+        except CheckpointError as error:
+            if weights is None or len(layers) == 1 or "end before layer" not in str(error):
+                raise
+            layers = layers[:-1]
+
+
+def _file(folder: Path, sample: Sample) -> Path:
+    return folder / "images" / f"{sample.name}.npz"
+
+
+def _variants(folder: Path, sample: Sample) -> list[str]:
+    """The variants an image has been refined by."""
+    path = _file(folder, sample)
+    if not path.exists():
+        return []
+    with np.load(path) as arrays:
+        return [name.removeprefix("mask ") for name in arrays.files if name.startswith("mask ")]
+
+
+def _look(detector: AbstractDetector, sample: Sample, folder: Path, variant: str, size: tuple[int, int]) -> None:
+    """Refine one image and keep what came of it, beside what was kept before."""
+    image = np.asarray(resized(to_unit(read_image(sample.path)), size))
+    began, compiled = time.perf_counter(), compile_seconds()
+    settings = None if variant == FULL else ABLATIONS[variant]
+    result = jax.tree.map(np.asarray, refine(detector, image, settings=settings))
+    seconds = time.perf_counter() - began - (compile_seconds() - compiled)
+    path, arrays = _file(folder, sample), {}
+    if path.exists():
+        with np.load(path) as there:
+            arrays = dict(there)
+    if variant == FULL or not arrays:
+        arrays |= {
+            "image": np.rint(image * 255).astype(np.uint8),
+            "truth": sample.truth(size),
+            "coarse_map": result.coarse_map,
+            "coarse_mask": result.coarse_mask,
+            "region": result.region,
+            "normal": np.rint(result.normal * 255).astype(np.uint8),
+        }
+    arrays |= {f"mask {variant}": result.mask, f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_images(folder: Path) -> list[Looked]:
+    """The images of a run, in their order; those not refined yet are left out."""
+    found = []
+    for name in json.loads((folder / "case.json").read_text())["samples"]:
+        path = folder / "images" / f"{name}.npz"
+        if not path.exists():
+            continue
+        with np.load(path) as arrays:
+            variants = [key.removeprefix("mask ") for key in arrays.files if key.startswith("mask ")]
+            found.append(
+                Looked(
+                    name=name,
+                    **{key: arrays[key] for key in KEPT},
+                    masks={v: arrays[f"mask {v}"] for v in variants},
+                    steps={v: int(arrays[f"steps {v}"]) for v in variants},
+                    seconds={v: float(arrays[f"seconds {v}"]) for v in variants},
+                )
+            )
+    return found
+
+
+def peer_masks(images: Sequence[Looked]) -> dict[str, list[Bool[np.ndarray, "h w"]]]:
+    """What other ways make of the same coarse maps and masks; GrabCut only where OpenCV is installed."""
+    low, high = min(i.coarse_map.min() for i in images), max(i.coarse_map.max() for i in images)
+    masks = {
+        "threshold": [i.coarse_mask for i in images],
+        "guided filter": [peers.guided_mask(i.image / 255, i.coarse_mask) for i in images],
+        "stable threshold": [peers.stable_mask(i.coarse_map, float(low), float(high)) for i in images],
+    }
+    with contextlib.suppress(ImportError):
+        masks["GrabCut"] = [peers.grabcut(i.image / 255, i.coarse_mask, i.region) for i in images]
+    return masks
+
+
+def summarise(folder: Path) -> list[dict[str, Any]]:
+    """A record for each variant and each peer of a run, figures in 0..1, means over its defective images.
+
+    ``backbone_iou`` and ``backbone_dice`` are of the coarse map at the threshold of best pixel F1 on the test labels, the
+    paper's protocol; ``coarse_iou`` and ``coarse_dice`` are of m0, at the label-free threshold, where refinement starts.
+    """
+    if not (folder / "case.json").exists() or not (images := load_images(folder)):
+        return []
+    about = json.loads((folder / "case.json").read_text())
+    maps, truth = np.stack([i.coarse_map for i in images]), np.stack([i.truth for i in images])
+    defective = [i for i in images if not i.good]
+    best = metrics.best_threshold(maps, truth)
+
+    def mean(measure, masks: Iterable[np.ndarray]) -> float:
+        pairs = [(m, i.truth) for m, i in zip(masks, images, strict=True) if not i.good]
+        return float(np.mean([measure(m, t) for m, t in pairs])) if pairs else float("nan")
+
+    m0 = [i.coarse_mask for i in images]
+    shared = {
+        **{key: about[key] for key in ("category", "method", "backbone", "protocol", "setting", "seed")},
+        "images": len(defective),
+        "good_images": len(images) - len(defective),
+        "coarse_iou": mean(metrics.iou, m0),
+        "coarse_dice": mean(metrics.dice, m0),
+        "backbone_iou": mean(metrics.iou, maps > best),
+        "backbone_dice": mean(metrics.dice, maps > best),
+        "f1_max": metrics.f1_max(maps, truth),
+        "ap": metrics.average_precision(maps, truth),
+        "auroc": metrics.auroc(maps, truth),
+        "aupro": metrics.aupro(maps, truth),
+    }
+
+    def record(variant: str, masks: list[np.ndarray], steps: float, seconds: float) -> dict[str, Any]:
+        own = {
+            "variant": variant,
+            "iou": mean(metrics.iou, masks),
+            "dice": mean(metrics.dice, masks),
+            **{f"boundary_f1_{r}": mean(lambda m, t, r=r: metrics.boundary_f1(m, t, r), masks) for r in (1, 2, 3)},
+            "false_alarms": sum(bool(m.any()) for m, i in zip(masks, images, strict=True) if i.good),
+            "steps": steps,
+            "seconds_per_image": seconds,
+        }
+        return shared | own
+
+    records = [
+        record(
+            variant,
+            [i.masks[variant] for i in images],
+            float(np.mean([i.steps[variant] for i in defective])),
+            float(np.mean([i.seconds[variant] for i in defective])),
+        )
+        for variant in (FULL, *ABLATIONS)
+        if defective and all(variant in i.masks for i in images)
+    ]
+    return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items() if defective]

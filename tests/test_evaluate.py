@@ -1,0 +1,170 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from f2pad_jax import ImageError, OptionError
+from f2pad_jax.cli import main
+from f2pad_jax.data.images import write_png
+from f2pad_jax.data.textures import load_texture
+from f2pad_jax.evaluation import metrics
+from f2pad_jax.evaluation.evaluate import FULL, evaluate, load_images, summarise
+from f2pad_jax.evaluation.tables import write_tables
+
+SIZE = 96
+COLUMNS = "category method backbone protocol setting variant images iou dice coarse_iou coarse_dice steps seconds_per_image"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Brick with defects, in MVTec layout."""
+    folder = tmp_path_factory.mktemp("root")
+    texture = load_texture("brick", size=SIZE, num_train=6, num_test=2)
+    for k, crop in enumerate(texture.train[:-1]):
+        write_png(folder / "brick" / "train" / "good" / f"{k:03}.png", crop)
+    write_png(folder / "brick" / "test" / "good" / "000.png", texture.train[-1])
+    for k, test in enumerate(texture.test):
+        write_png(folder / "brick" / "test" / "patch" / f"{k:03}.png", np.asarray(test.image))
+        write_png(folder / "brick" / "ground_truth" / "patch" / f"{k:03}_mask.png", test.mask)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(root, tmp_path_factory):
+    """It evaluated as it is, by the command."""
+    folder = tmp_path_factory.mktemp("out")
+    command = ["evaluate", root, "--out", folder, "--protocol", "real", "--size", SIZE, "--ablations", "initialisation"]
+    assert main(list(map(str, command))) == 0
+    return folder
+
+
+def without_time(records):
+    return [{key: value for key, value in record.items() if key != "seconds_per_image"} for record in records]
+
+
+def test_results_are_records_of_every_variant_and_peer(out):
+    records = json.loads((out / "results.json").read_text())
+    peers = {"threshold", "guided filter", "stable threshold", "GrabCut"}
+    assert {r["variant"] for r in records} == {FULL, "initialisation", *peers}
+    for record in records:
+        assert set(COLUMNS.split()) <= set(record)
+        assert (record["category"], record["method"]) == ("brick", "patchcore")
+        assert record["images"] == 2 and record["good_images"] == 1
+        assert 0 <= record["iou"] <= record["dice"] <= 1
+    full, plain = (next(r for r in records if r["variant"] == variant) for variant in (FULL, "threshold"))
+    assert full["iou"] > full["coarse_iou"] and full["iou"] > 0.4 and full["steps"] > 10
+    assert full["boundary_f1_1"] <= full["boundary_f1_3"] and full["auroc"] > 0.9
+    assert plain["iou"] == plain["coarse_iou"] == full["coarse_iou"]
+
+
+def test_figures_are_those_of_the_masks_kept(root, out):
+    folder = out / "runs" / "real-normal-brick-patchcore-efficientnet-lite0"
+    images = load_images(folder)
+    assert [i.name for i in images] == ["patch/000", "patch/001", "good/000"]
+    record = next(r for r in summarise(folder) if r["variant"] == FULL)
+    defective = images[:2]
+    assert record["iou"] == pytest.approx(np.mean([metrics.iou(i.masks[FULL], i.truth) for i in defective]))
+    assert record["coarse_dice"] == pytest.approx(np.mean([metrics.dice(i.coarse_mask, i.truth) for i in defective]))
+    maps, truth = np.stack([i.coarse_map for i in images]), np.stack([i.truth for i in images])
+    best = (maps > metrics.best_threshold(maps, truth))[:2]
+    expected = np.mean([metrics.iou(*pair) for pair in zip(best, truth[:2], strict=True)])
+    assert record["backbone_iou"] == pytest.approx(expected)
+    assert record["aupro"] == metrics.aupro(maps, truth)
+    assert images[2].good and record["false_alarms"] == int(images[2].masks[FULL].any())
+
+
+def test_tables_and_pictures_show_them(out):
+    text = (out / "tables.md").read_text()
+    record = next(r for r in json.loads((out / "results.json").read_text()) if r["variant"] == FULL)
+    line = next(line for line in text.splitlines() if line.startswith("| brick | 2 |"))
+    before, after = 100 * record["backbone_iou"], 100 * record["iou"]
+    assert [f"{v:.1f}" for v in (before, 100 * record["backbone_dice"], after)] == line.split(" | ")[2:5]
+    assert line.split(" | ")[5] == f"{after - before:.1f}"
+    assert "Table III" in text and "nearest neighbour" in text
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + len(json.loads((out / "results.json").read_text()))
+    assert "seconds" not in text and "seconds" in (out / "timing.md").read_text()
+    assert len(list((out / "pictures").glob("*.png"))) == 2
+
+
+def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, tmp_path):
+    whole = evaluate(root, out, protocols=["real"], size=(SIZE, SIZE))
+    shutil.copytree(out, tmp_path / "part")
+    run = tmp_path / "part" / "runs" / "real-normal-brick-patchcore-efficientnet-lite0"
+    (run / "images" / "patch" / "001.npz").unlink()
+    kept = run / "images" / "patch" / "000.npz"
+    model = (run / "detector.model").stat().st_mtime_ns, kept.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), progress=interrupt)
+    again = evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), ablations=["initialisation"])
+    assert without_time(again) == without_time(whole)
+    assert model == ((run / "detector.model").stat().st_mtime_ns, kept.stat().st_mtime_ns)
+    write_tables(tmp_path / "part", again)
+    assert (tmp_path / "part" / "tables.md").read_text() == (out / "tables.md").read_text()
+
+
+def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
+    shared = {"protocol": "hard", "setting": "normal", "variant": FULL, "images": 3, "good_images": 1, "false_alarms": 0}
+    keys = [
+        "coarse_iou",
+        "coarse_dice",
+        "backbone_iou",
+        "backbone_dice",
+        "auroc",
+        "ap",
+        "f1_max",
+        "aupro",
+        "dice",
+        "steps",
+        "seconds_per_image",
+    ]
+    records = [
+        {"category": c, "method": m, "backbone": b, "iou": v, **dict.fromkeys(keys, 0.5), **shared}
+        | {f"boundary_f1_{r}": 0.25 * r for r in (1, 2, 3)}
+        for c, m, b, v in (("nut", "padim", "x", 0.8), ("bolt", "padim", "x", 0.6), ("nut", "cflow", "y", 0.9))
+    ]
+    lines = write_tables(tmp_path, records)[0].read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| category | images"))
+    assert header.split(" | ")[2:9:6] == ["CFLOW-AD (y) IoU", "PaDiM (x) IoU"]
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[: lines.index(header) + 5]}
+    assert rows["bolt"][2:8] == ["-"] * 6  # CFLOW-AD was not run there
+    assert rows["nut"][4] == "90.0" and rows["nut"][10] == "80.0" and rows["nut"][11] == "30.0"
+    assert rows["mean"][4] == "90.0" and rows["mean"][10] == "70.0"
+    assert not list(tmp_path.glob("pictures/*"))
+
+
+def interrupt(stage, done, total):
+    if "refining" in stage:
+        raise KeyboardInterrupt
+
+
+def test_generated_defects_of_few_shots_add_to_the_tables(root, out):
+    asked = {"protocols": ["cut-paste"], "settings": ["few-shot"], "images": 1, "size": (SIZE, SIZE)}
+    records = evaluate(root, out, **asked)
+    new = [r for r in records if r["protocol"] == "cut-paste"]
+    assert {r["setting"] for r in new} == {"few-shot"} and {r["images"] for r in new} == {1}
+    assert len(records) > len(new)
+    written = (out / "data" / "cut-paste" / "manifest.json").stat().st_mtime_ns
+    assert without_time(evaluate(root, out, **asked)) == without_time(records)
+    assert (out / "data" / "cut-paste" / "manifest.json").stat().st_mtime_ns == written
+    with pytest.raises(ImageError, match="another data set"):
+        evaluate(root, out, **(asked | {"images": 2}))
+    with pytest.raises(ImageError, match="another size or seed"):
+        evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
+
+
+def test_what_is_unknown_is_refused(root, tmp_path, capsys):
+    for asked in ({"methods": ["svm"]}, {"protocols": ["soft"]}, {"settings": ["some"]}, {"ablations": ["all"]}):
+        with pytest.raises(OptionError, match="is unknown; there are"):
+            evaluate(root, tmp_path, **asked)
+    assert main(["evaluate", str(root / "brick"), "--out", str(tmp_path)]) == 2
+    assert "no category in it" in capsys.readouterr().err
+
+
+def test_the_command_makes_a_data_set_and_makes_it_again(root, tmp_path, capsys):
+    made, again = tmp_path / "made", tmp_path / "again"
+    command = ["make-dataset", str(root), "--out", str(made), "--protocol", "hard", "--count", "2", "--size", str(SIZE)]
+    assert main(command) == 0 and "2 defective images of each of brick" in capsys.readouterr().out
+    assert main(["make-dataset", str(root), "--out", str(again), "--manifest", str(made / "manifest.json")]) == 0
+    pictures = {path.relative_to(made): path.read_bytes() for path in made.rglob("*.png")}
+    assert pictures == {path.relative_to(again): path.read_bytes() for path in again.rglob("*.png")}
