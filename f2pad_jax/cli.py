@@ -340,6 +340,7 @@ def _make_dataset(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from f2pad_jax.evaluation.evaluate import evaluate
+    from f2pad_jax.evaluation.report import write_report
     from f2pad_jax.evaluation.tables import write_tables
 
     _folder(arguments.out)
@@ -362,7 +363,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     tables = write_tables(arguments.out, records)[0]
     print(tables.read_text())
-    print(f"these tables are {tables}; results.json, results.csv, timing.md and pictures/ lie beside them")
+    report = write_report(arguments.out)
+    print(f"{report} shows every image; tables.md, timing.md, results.json, results.csv and pictures/ lie beside it")
 
 
 def _weights_list(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,8 @@
+import html
 import json
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -85,6 +88,49 @@ def test_tables_and_pictures_show_them(out):
     assert len((out / "results.csv").read_text().splitlines()) == 1 + len(json.loads((out / "results.json").read_text()))
     assert "seconds" not in text and "seconds" in (out / "timing.md").read_text()
     assert len(list((out / "pictures").glob("*.png"))) == 2
+
+
+PROBE = """<script>
+const report = {};
+try {
+  const pairs = () => [...document.querySelectorAll(".pair")];
+  report.pairs = pairs().length;
+  report.start = pairs()[0].style.getPropertyValue("--at");
+  pairs()[0].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+  report.key = pairs()[0].style.getPropertyValue("--at");
+  const box = pairs()[0].getBoundingClientRect();
+  pairs()[0].dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 4}));
+  report.pointer = pairs()[0].style.getPropertyValue("--at");
+  const right = document.getElementById("right");
+  right.value = "restored";
+  right.dispatchEvent(new Event("change"));
+  report.masks = pairs()[0].querySelectorAll(".right .mask").length;
+  report.label = pairs()[0].getAttribute("aria-label");
+  report.tables = document.querySelectorAll("table").length;
+} catch (error) { report.error = String(error); }
+Promise.all([...document.images].map(i => i.decode())).then(() => report.decoded = document.images.length,
+  error => report.error = String(error)).then(() => document.title = JSON.stringify(report));
+</script>"""
+
+
+def test_the_report_works_in_a_browser_offline(out, tmp_path):
+    """One file, without a network: images decode, and the slider and the choice of views do what they say."""
+    page = (out / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    probed = tmp_path / "report.html"
+    probed.write_text(page.replace("</body>", PROBE + "</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    report = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    assert "error" not in report, report
+    assert report["pairs"] == 3 and report["decoded"] >= 9 and report["tables"] >= 4
+    assert (report["start"], report["key"], report["pointer"]) == ("50%", "55%", "25%")
+    assert report["masks"] == 0 and report["label"].endswith("coarse mask against restored")
 
 
 def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, tmp_path):

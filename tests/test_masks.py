@@ -149,3 +149,16 @@ def test_what_the_residual_missed_is_left_to_the_map(rng, region):
     assert left[glaring].max() < 0.5 and left[faint].min() > 0.9
     assert iou(Mixture(missed=np.inf)(Descent(), evidence), glaring) > 0.9
     assert iou(Mixture()(Descent(), evidence), glaring | faint) > 0.75
+
+
+def test_a_speck_that_explains_the_scores_is_no_reason_to_fall_back_on_the_map(rng, region):
+    """Two pixels a side, which the opening removes: the mask is empty, not the map's wide blur of it."""
+    speck = np.zeros((SIZE, SIZE), bool)
+    speck[24:26, 24:26] = True
+    n = jnp.asarray(0.02 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32))
+    x = n + 3.0 * speck[..., None]
+    blur = np.asarray(smoothed(jnp.asarray(speck, jnp.float32), 2.0))
+    evidence = Evidence(problem(x, region), n, n, jnp.asarray(3 * blur / blur.max()), jnp.asarray(1.0))
+    assert (np.asarray(Mixture().posterior(evidence) > 0.5) == speck).all()
+    assert np.asarray(evidence.excess > 1).sum() > 3 * speck.sum()
+    assert not np.asarray(Mixture()(Descent(), evidence)).any()

@@ -1,0 +1,99 @@
+"""A run of :func:`~f2pad_jax.evaluation.evaluate.evaluate` as one HTML file that opens offline."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, UInt8
+
+from f2pad_jax.checkpoints import write_atomically
+from f2pad_jax.evaluation import metrics
+from f2pad_jax.evaluation.evaluate import FULL, Looked, load_images
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def write_report(out: str | Path, *, limit: int | None = 60) -> Path:
+    """Write ``report.html``: the tables, and a gallery to compare input, masks and restored image in.
+
+    Args:
+        out: the folder of the run, with its ``tables.md``.
+        limit: at most this many images of a case, the worst first; None: all. An image takes about 25 kB.
+    """
+    out = Path(out)
+    cases = [case for folder in sorted((out / "runs").iterdir()) if (case := _case(folder, limit))]
+    page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()))
+    data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # may not end the script it stands in
+    path = out / "report.html"
+    write_atomically(path, page.replace("/*CASES*/", data).encode())
+    return path
+
+
+def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
+    """A case's images, worst first."""
+    if not (folder / "case.json").exists():
+        return None
+    found = [i for i in load_images(folder) if FULL in i.masks]
+    order = sorted(found, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
+    return {"name": folder.name, "images": [_entry(i) for i in order]} if order else None
+
+
+def _entry(image: Looked) -> dict[str, Any]:
+    mask = image.masks[FULL]
+    return {
+        "name": image.name,
+        "coarseIou": round(metrics.iou(image.coarse_mask, image.truth), 3),
+        "iou": round(metrics.iou(mask, image.truth), 3),
+        "steps": image.steps[FULL],
+        "photos": {"input": _photo(image.image), "restored": _photo(image.normal)},
+        "masks": {"ground truth": _mask(image.truth), "coarse mask": _mask(image.coarse_mask), "refined mask": _mask(mask)},
+    }
+
+
+def _url(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _photo(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "JPEG", quality=88)
+    return _url("jpeg", buffer)
+
+
+def _mask(mask: Bool[np.ndarray, "h w"]) -> str:
+    """Anomalous pixels in red, the others transparent."""
+    picture = PIL.Image.fromarray(mask.astype(np.uint8), "P")
+    picture.putpalette([0, 0, 0, 255, 40, 40])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=0, bits=1)
+    return _url("png", buffer)
+
+
+def tables_html(text: str) -> str:
+    """The Markdown that ``tables.md`` is written in, headings, tables and paragraphs, as HTML."""
+    parts, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if rows:
+            parts.append(_rows_html(rows))
+            rows = []
+        if line.startswith("## "):
+            parts.append(f"<h2>{html.escape(line[3:])}</h2>")
+        elif line:
+            parts.append(f"<p>{html.escape(line)}</p>")
+    return "\n".join(parts)
+
+
+def _rows_html(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header, the second its underline."""
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
+    return f'<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
