@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
-from detectors import SIZE, open_mask
 
 from f2pad_jax.data.cutpaste import Defective, paste_flat
-from f2pad_jax.data.images import list_images, read_image
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import open_category, read_mask
 from f2pad_jax.units import resized, to_unit
+
+SIZE = (224, 224)
 
 
 def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[Defective]]:
@@ -18,8 +20,8 @@ def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray]
     the image; colours are random, far from what they cover. Images are 224x224 and of 8 bits.
     """
     rng = np.random.default_rng(seed)
-    normal = [read_image(path) for path, _ in list_images([folder / "train" / "good"])]
-    shapes = [path for path, _ in list_images([folder / "ground_truth"])]
+    category = open_category(folder)
+    normal, shapes = [read_image(path) for path in category.train], category.masks
     order = rng.permutation(len(normal))
     defects = []
     for i in order[:count]:
@@ -33,6 +35,6 @@ def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray]
 
 
 def _resized(rng: np.random.Generator, path: Path) -> np.ndarray:
-    mask = open_mask(path)
+    mask = read_mask(path, SIZE)
     centre, scale = np.array(scipy.ndimage.center_of_mass(mask)), rng.uniform(0.5, 1.2)
     return scipy.ndimage.affine_transform(mask.astype(np.uint8), np.eye(2) / scale, centre - centre / scale, order=0) > 0

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import PIL.Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import f2pad_jax
 from f2pad_jax.backbones import find_network, load_backbone
-from f2pad_jax.data.images import list_images, read_image
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
 from f2pad_jax.units import normalise, resized, to_unit
@@ -30,30 +30,14 @@ from f2pad_jax.units import normalise, resized, to_unit
 SIZE = (224, 224)
 
 
-def read_mask(folder: Path, path: Path, relative: Path) -> np.ndarray:
-    """The ground truth of a test image, by its path under ``test``; empty for a good one."""
-    if relative.parts[0] == "good":
-        return np.zeros(SIZE, bool)
-    return open_mask(folder / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png")
-
-
-def open_mask(path: Path, size: tuple[int, int] | None = SIZE) -> np.ndarray:
-    """A mask's picture at ``size``, by nearest neighbour; None: its own."""
-    with PIL.Image.open(path) as picture:
-        mask = picture.convert("L")
-    return np.asarray(mask.resize(size[::-1], PIL.Image.Resampling.NEAREST) if size else mask) > 127
-
-
 def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:
     """Training images (``shots`` of them drawn with seed 0, or all), test images and their masks."""
-    train = [path for path, _ in list_images([folder / "train" / "good"])]
+    category = open_category(folder)
+    train = category.train
     if shots:
         train = [train[i] for i in np.random.default_rng(0).permutation(len(train))[:shots]]
-    test, masks = [], []
-    for path, relative in list_images([folder / "test"]):
-        test.append(read_image(path))
-        masks.append(read_mask(folder, path, relative))
-    return [read_image(path) for path in train], test, np.stack(masks)
+    test = [read_image(sample.path) for sample in category.test]
+    return [read_image(path) for path in train], test, np.stack([sample.truth(SIZE) for sample in category.test])
 
 
 def run(folder: Path, method: str, network: str, shots: int, weights: str | None, out: Path) -> dict:

@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from detectors import open_mask
 
 import f2pad_jax
 from f2pad_jax.data.images import list_images, read_image
+from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.units import resized, to_unit
 from f2pad_jax.views import scaled_mask
@@ -42,7 +42,7 @@ def main() -> None:
     for path, relative in list_images([arguments.large / "test"])[: arguments.images]:
         image = np.asarray(to_unit(read_image(path)))
         mask = arguments.large / "ground_truth" / relative.parts[0] / f"{path.stem}_mask.png"
-        truth, size = open_mask(mask, None), image.shape[:2]
+        truth, size = read_mask(mask), image.shape[:2]
         masks, seconds = [], []
         for version in (np.asarray(resized(jnp.asarray(image), detector.size)), image):
             for _ in range(2):  # once to compile

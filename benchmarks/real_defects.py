@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from detectors import read_mask
 
 import f2pad_jax
-from f2pad_jax.data.images import list_images, read_image
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.evaluation.peers import grabcut, guided_mask
 from f2pad_jax.units import resized, to_unit
@@ -22,26 +22,24 @@ from f2pad_jax.units import resized, to_unit
 
 def measure(folder: Path, backbone: f2pad_jax.Backbone, limit: int | None) -> None:
     """One category."""
-    normal = [read_image(path) for path, _ in list_images([folder / "train" / "good"])]
-    detector = f2pad_jax.fit(f2pad_jax.PatchCore, normal, backbone)
-    tests = list_images([folder / "test"])
-    defective = [t for t in tests if t[1].parts[0] != "good"]
-    good = [t for t in tests if t[1].parts[0] == "good"]
+    category = open_category(folder)
+    detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(path) for path in category.train], backbone)
+    defective = [sample for sample in category.test if sample.mask]
+    good = [sample for sample in category.test if not sample.mask]
     if limit:  # spread over the kinds of defect
         defective = [defective[i] for i in np.linspace(0, len(defective) - 1, min(limit, len(defective))).astype(int)]
         good = good[:limit]
     rows, empty, began = [], [], time.perf_counter()
-    for path, relative in [*defective, *good]:
-        image = np.asarray(resized(to_unit(read_image(path)), detector.size))
+    for sample in [*defective, *good]:
+        image = np.asarray(resized(to_unit(read_image(sample.path)), detector.size))
         result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image))
-        if relative.parts[0] == "good":
+        if not sample.mask:
             empty.append((not result.coarse_mask.any(), not result.mask.any()))
             continue
-        truth = read_mask(folder, path, relative)
-        m0 = result.coarse_mask
+        truth, m0 = sample.truth(detector.size), result.coarse_mask
         masks = (m0, guided_mask(image, m0), grabcut(image, m0, result.region), result.mask)
         rows.append([iou(mask, truth) for mask in masks])
-        print(f"  {relative}: {' '.join(f'{v:.3f}' for v in rows[-1])}, {int(result.steps)} steps", flush=True)
+        print(f"  {sample.name}: {' '.join(f'{v:.3f}' for v in rows[-1])}, {int(result.steps)} steps", flush=True)
     coarse, guided, cut, refined = np.mean(rows, axis=0)
     seconds = (time.perf_counter() - began) / (len(rows) + len(empty))
     print(
