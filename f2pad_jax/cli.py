@@ -1,4 +1,4 @@
-"""The command ``f2pad``: demo, fit, import, refine, make-dataset, evaluate, weights."""
+"""The command ``f2pad``: demo, fit, tune, import, refine, make-dataset, evaluate, weights."""
 
 import argparse
 import contextlib
@@ -46,25 +46,34 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of crops, defects and coreset (%(default)s)")
     demo.set_defaults(run=_demo)
 
-    fit = commands.add_parser("fit", help="fit a detector on a folder of defect-free images")
-    fit.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
-    fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
-    fit.add_argument("--method", choices=list(DETECTORS), default="patchcore", help="detector (%(default)s)")
-    fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
-    fit.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
-    fit.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
-    fit.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help="its layers, shallow to deep (default: the method's for this network)"
-    )
-    fit.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
-    fit.add_argument(
-        "--option",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="the method's own settings, such as rank=10 (padim), max_bank=10000 (patchcore), meta_epochs=10 (cflow)",
-    )
-    fit.set_defaults(run=_fit)
+    for name, told in (
+        ("fit", "fit a detector on a folder of defect-free images"),
+        ("tune", "the same, and choose the method's weights for these images on synthetic defects (minutes)"),
+    ):
+        fit = commands.add_parser(name, help=told)
+        fit.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
+        fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
+        fit.add_argument("--method", choices=list(DETECTORS), default="patchcore", help="detector (%(default)s)")
+        fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
+        fit.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+        fit.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
+        fit.add_argument(
+            "--layers",
+            nargs="+",
+            metavar="LAYER",
+            help="its layers, shallow to deep (default: as the method takes them)",
+        )
+        fit.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
+        fit.add_argument(
+            "--option",
+            nargs="+",
+            default=[],
+            metavar="NAME=VALUE",
+            help="the method's own settings, such as rank=10 (padim), max_bank=10000 (patchcore), meta_epochs=10 (cflow)",
+        )
+        if name == "fit":
+            fit.add_argument("--tune", action="store_true", help="as 'f2pad tune' does")
+        fit.set_defaults(run=_fit, **({"tune": True} if name == "tune" else {}))
 
     bring = commands.add_parser("import", help="bring a detector trained with anomalib 2.x, calibrated on good images")
     bring.add_argument("checkpoint", type=Path, metavar="CKPT", help="the .ckpt file anomalib's engine saved")
@@ -121,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images", type=int, help="defective images of each category (default: 54, or all real ones)")
     evaluate.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
     evaluate.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    evaluate.add_argument("--tune", action="store_true", help="tune every detector, as 'f2pad fit --tune' does")
     evaluate.set_defaults(run=_evaluate)
 
     weights = commands.add_parser("weights", help="list, fetch, convert and verify the networks' weights")
@@ -173,6 +183,7 @@ def _demo_table(summary: dict) -> str:
 def _fit(arguments: argparse.Namespace) -> None:
     from f2pad_jax.backbones import find_network, load_backbone
     from f2pad_jax.data.images import read_image
+    from f2pad_jax.evaluation.tune import GAIN, trials_table
     from f2pad_jax.models import save_detector
 
     paths = _normal_images(arguments)
@@ -182,17 +193,21 @@ def _fit(arguments: argparse.Namespace) -> None:
         options["resume"] = arguments.out.with_name(arguments.out.name + ".partial")
     layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
     backbone = load_backbone(arguments.backbone, layers=layers, weights=arguments.weights)
+    trials = [] if arguments.tune else None
     with _progress() as progress:
         detector = f2pad_jax.fit(
             method,
             (read_image(path) for path in paths),
             backbone,
             size=(arguments.size, arguments.size),
+            tuning=trials,
             seed=arguments.seed,
             progress=progress,
             **options,
         )
     save_detector(arguments.out, detector)
+    if trials:
+        print(f"tuned on synthetic defects; another value is taken where it gains {GAIN} or more:\n{trials_table(trials)}")
     print(f"{arguments.out}: {type(detector).__name__}, {_summary(detector, len(paths))}")
 
 
@@ -357,6 +372,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             settings=arguments.setting,
             ablations=arguments.ablations,
             images=arguments.images,
+            tune=arguments.tune,
             size=(arguments.size, arguments.size),
             seed=arguments.seed,
             progress=progress,

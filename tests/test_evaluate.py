@@ -195,7 +195,7 @@ def test_generated_defects_of_few_shots_add_to_the_tables(root, out):
     assert (out / "data" / "cut-paste" / "manifest.json").stat().st_mtime_ns == written
     with pytest.raises(ImageError, match="another data set"):
         evaluate(root, out, **(asked | {"images": 2}))
-    with pytest.raises(ImageError, match="another size or seed"):
+    with pytest.raises(ImageError, match="another size, seed or tuning"):
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
 
 

@@ -8,7 +8,7 @@ texture, misplaced parts, faint tints, scratches of two or three pixels, all wit
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,23 +36,20 @@ TRIES = 200
 
 
 class Sources(NamedTuple):
-    """What one category's defects are made of; files are read when they are needed."""
+    """What one category's defects are made of; images are loaded when they are needed, by paths or other keys."""
 
     category: str
-    bases: list[Path]
+    image: Callable[[Any], Image]
+    """Loads an image at the data set's size, in 0..1."""
+    bases: Sequence[Any]
     """Normal images held out of training, to paste on."""
-    normal: list[Path]
+    normal: Sequence[Any]
     """Normal images of the category to cut parts from."""
-    foreign: list[Path]
+    foreign: Sequence[Any]
     """Normal images of the other categories."""
     shapes: list[Path]
-    """Ground truths."""
-    size: tuple[int, int]
-    is_object: bool
-
-    def image(self, path: Path) -> Image:
-        """An image at the data set's size, in 0..1."""
-        return np.asarray(resized(to_unit(read_image(path)), self.size))
+    """Ground truths; where there are none, shapes are irregular blobs."""
+    is_object: bool = False
 
 
 def make_dataset(
@@ -212,9 +209,18 @@ def _sources(
     bases = [category.train[i] for i in order[:held_out]] + good
     foreign = [path for other in found if other.name != category.name for path in other.train]
     shapes = [path for other in found for path in other.masks]
-    sources = Sources(category.name, bases, train, foreign, shapes, size, False)
-    votes = [foreground(sources.image(path)) is not None for path in train[:8]]
-    return sources._replace(is_object=sum(votes) > len(votes) / 2), train
+
+    def image(path: Path) -> Image:
+        return np.asarray(resized(to_unit(read_image(path)), size))
+
+    is_object = shows_objects(image(path) for path in train[:8])
+    return Sources(category.name, image, bases, train, foreign, shapes, is_object), train
+
+
+def shows_objects(images: Iterable[Image]) -> bool:
+    """Whether most of the images show an object on a plain background."""
+    votes = [foreground(image) is not None for image in images]
+    return sum(votes) > len(votes) / 2
 
 
 def foreground(image: Image) -> Mask | None:
@@ -261,11 +267,11 @@ def _where(rng: np.random.Generator, sources: Sources, base: Image) -> tuple[Mas
     raise ImageError(f"{sources.category}: no ground truth's shape fits on the object in {TRIES} tries")
 
 
-Made = tuple[str, Defective, list[Path]]
-"""Kind of defect, image and mask, files they come from besides the base."""
+Made = tuple[str, Defective, list]
+"""Kind of defect, image and mask, and what they come from besides the base."""
 
 
-def cut_paste(rng: np.random.Generator, sources: Sources, base: Path, k: int) -> Made:
+def cut_paste(rng: np.random.Generator, sources: Sources, base: Any, k: int) -> Made:
     """The paper's protocol, Eq. (16).
 
     Every second of the capsule's defects is structural (footnote 1): a part from the left (right) of another normal image,
@@ -275,13 +281,13 @@ def cut_paste(rng: np.random.Generator, sources: Sources, base: Path, k: int) ->
     mask, shape = _where(rng, sources, image)
     origins = [shape] if shape else []
     if sources.category == "capsule" and k % 2:
-        other = sources.normal[rng.integers(len(sources.normal))]
+        other = sources.normal[int(rng.integers(len(sources.normal)))]
         swapped = np.roll(sources.image(other), image.shape[1] // 2, axis=1)
         return "misplaced", Defective(np.where(mask[..., None], swapped, image), mask), [*origins, other]
     return "colour", paste_flat(rng, image, mask), origins
 
 
-def hard(rng: np.random.Generator, sources: Sources, base: Path, k: int) -> Made:
+def hard(rng: np.random.Generator, sources: Sources, base: Any, k: int) -> Made:
     """Foreign texture, a misplaced part, a faint tint and a scratch in turn, with soft edges; a texture has no parts."""
     image = sources.image(base)
     kinds = ["texture"] * bool(sources.foreign) + ["part"] * sources.is_object + ["tint", "scratch"]
@@ -294,7 +300,7 @@ def hard(rng: np.random.Generator, sources: Sources, base: Path, k: int) -> Made
             origins = [shape] if shape else []
         if kind in ("texture", "part"):
             files = sources.foreign if kind == "texture" else sources.normal
-            other = files[rng.integers(len(files))]
+            other = files[int(rng.integers(len(files)))]
             source = np.rot90(sources.image(other), int(rng.integers(4)))[:: rng.choice([-1, 1])]
             if source.shape != image.shape:
                 continue
@@ -333,4 +339,4 @@ def scratch(rng: np.random.Generator, on: Mask | None, size: tuple[int, int]) ->
     return mask & on
 
 
-PROTOCOLS: dict[str, Callable[[np.random.Generator, Sources, Path, int], Made]] = {"cut-paste": cut_paste, "hard": hard}
+PROTOCOLS: dict[str, Callable[[np.random.Generator, Sources, Any, int], Made]] = {"cut-paste": cut_paste, "hard": hard}

@@ -79,6 +79,8 @@ class Calibration(eqx.Module):
     """Distribution of normal pixel values, Eq. (9)."""
     normals: UInt8[Array, "k h w 3"] | None = None
     """Some of the training images, for the inpainter to borrow from."""
+    tuned: tuple[Float[Array, ""], Float[Array, ""]] | None = None
+    """α1 and the sparsity that suit these images best, if they were tuned; see :class:`~f2pad_jax.Settings`."""
 
 
 class AbstractDetector(eqx.Module):

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt16
 
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
@@ -24,6 +24,19 @@ NUM_DEFECTS = 24
 NUM_PIXELS = 20_000
 """Pixels the prior is fitted to."""
 
+
+class Trial(NamedTuple):
+    """What tuning tried, and how it did."""
+
+    alpha1: float
+    sparsity: float
+    num_components: int
+    """Most Gaussians of the pixel prior."""
+    iou: float
+    """Mean over synthetic defects, 0..1."""
+    chosen: bool
+
+
 D = TypeVar("D", bound=AbstractDetector)
 
 
@@ -35,6 +48,7 @@ def fit(
     size: tuple[int, int] = (224, 224),
     num_components: int = 6,
     num_exemplars: int = 16,
+    tuning: list[Trial] | None = None,
     seed: int = 0,
     progress: Progress = silent,
     **options: Any,
@@ -53,6 +67,8 @@ def fit(
         size: height and width images are resized to, multiples of the backbone's stride.
         num_components: most Gaussians of the pixel prior.
         num_exemplars: most training images kept for the inpainter to borrow from.
+        tuning: a list, if the weights of the pixel prior and of sparsity and the number of Gaussians are to be tuned as
+            well (:func:`f2pad_jax.evaluation.tune.tune`, some minutes); what was tried is appended to it.
         seed: of everything drawn at random.
         progress: told how far it is.
         options: the method's own, such as ``rank`` of :meth:`PaDiM.fit`.
@@ -77,6 +93,11 @@ def fit(
     detector = method.fit(normals.subset(others), backbone, seed=seed, progress=within, **options)
     settings = {"num_components": num_components, "num_exemplars": num_exemplars, "seed": seed, "progress": progress}
     detector = calibrate(detector, normals.subset(held_out), others=normals.subset(others), **settings)
+    if tuning is not None:
+        from f2pad_jax.evaluation.tune import tune  # which refines, and so needs detectors
+
+        detector, trials = tune(detector, normals.subset(held_out), normals.subset(others), seed=seed, progress=progress)
+        tuning += trials
     if not method.refits:
         return detector
     return with_calibration(method.fit(normals, backbone, seed=seed, progress=progress, **options), detector.calibrated)
@@ -117,9 +138,7 @@ def calibrate(
     rng = np.random.default_rng(seed)
     stored = [*images.stored, *(others.stored if others else ())]
     progress("pixel prior", 0, 1)
-    each = -(-NUM_PIXELS // len(stored))
-    pixels = np.concatenate([rng.choice(image.reshape(-1, 3), each) for image in stored])
-    prior = fit_prior(np.asarray(normalise(pixels / 65535)), num_components=num_components, seed=seed)
+    prior = fit_prior(sampled_pixels(rng, stored), num_components=num_components, seed=seed)
     progress("pixel prior", 1, 1)
     kept = np.sort(rng.permutation(len(stored))[:num_exemplars])
     normals = jnp.asarray(np.stack([np.rint(stored[i] / 257).astype(np.uint8) for i in kept])) if len(kept) else None
@@ -144,6 +163,12 @@ def calibrate(
     threshold = best_threshold(maps, np.stack(masks))
     threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
     return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))
+
+
+def sampled_pixels(rng: np.random.Generator, stored: list[UInt16[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n 3"]:
+    """About :data:`NUM_PIXELS` values of some images, as many of each, in normalised intensity."""
+    each = -(-NUM_PIXELS // len(stored))
+    return np.asarray(normalise(np.concatenate([rng.choice(image.reshape(-1, 3), each) for image in stored]) / 65535))
 
 
 def with_calibration(detector: D, calibration: Calibration) -> D:

@@ -107,6 +107,7 @@ def evaluate(
     settings: Sequence[str] = ("normal",),
     ablations: Sequence[str] = (),
     images: int | None = None,
+    tune: bool = False,
     size: tuple[int, int] = (224, 224),
     seed: int = 0,
     progress: Progress = silent,
@@ -124,6 +125,7 @@ def evaluate(
         settings: of :data:`SETTINGS`.
         ablations: of :data:`ABLATIONS`.
         images: at most this many defective images of each category, spread evenly (real), or generated (paper: 54).
+        tune: whether to tune every detector (:func:`f2pad_jax.fit`).
         size: height and width images are resized to.
         seed: of everything drawn at random.
         progress: told how far it is.
@@ -152,7 +154,8 @@ def evaluate(
             for setting in settings:
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
-                    _run(case, category, out / "runs" / case.folder, weights, ablations, images, size, seed, progress)
+                    asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed, "tune": tune}
+                    _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, progress)
                     jax.clear_caches()  # every program takes memory maps, of which a process has few
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
@@ -182,13 +185,15 @@ def _generated(root, data, protocol, categories, count, size, seed, progress) ->
     )
 
 
-def _run(case: Case, category: Category, folder: Path, weights, ablations, images, size, seed, progress: Progress) -> None:
+def _run(
+    case: Case, category: Category, folder: Path, asked: dict[str, Any], weights, ablations, images, progress: Progress
+) -> None:
     """Fit the case's detector and look at its test images, as far as this isn't done."""
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed}
+    size = tuple(asked["size"])
     file = folder / "case.json"
     if file.exists() and (there := json.loads(file.read_text())) | asked != there:
-        raise ImageError(f"{folder}: holds a run with another size or seed; choose another output folder")
+        raise ImageError(f"{folder}: holds a run with another size, seed or tuning; choose another output folder")
     defective = [sample for sample in category.test if sample.mask is not None]
     if images and images < len(defective):
         defective = [defective[i] for i in np.linspace(0, len(defective) - 1, images).astype(int)]
@@ -196,18 +201,13 @@ def _run(case: Case, category: Category, folder: Path, weights, ablations, image
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
     if not any(missing.values()) and file.exists():
         return
-    detector, seconds = _fitted(case, category, folder, weights, size, seed, progress)
-    calibration = detector.calibrated
+    detector, fitting = _fitted(case, category, folder, asked, weights, progress)
     about = {
         **asked,
         "version": f2pad_jax.__version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "layers": list(detector.backbone.layers),
-        "training_images": len(_training(case, category, seed)),
-        "fit_seconds": seconds,
-        "threshold": float(calibration.threshold),
-        "pixel_components": len(calibration.prior.means),
+        **fitting,
         "resizing": RESIZING,
         "samples": [sample.name for sample in samples],
     }
@@ -227,28 +227,37 @@ def _training(case: Case, category: Category, seed: int) -> list[Path]:
 
 
 def _fitted(
-    case: Case, category: Category, folder: Path, weights, size, seed, progress
-) -> tuple[AbstractDetector, float | None]:
-    """The case's detector, and the seconds its fit took."""
-    model = folder / "detector.model"
-    if model.exists():
-        there = json.loads((folder / "case.json").read_text())["fit_seconds"] if (folder / "case.json").exists() else None
-        return load_detector(model, weights=weights), there
-    method, train = DETECTORS[case.method], _training(case, category, seed)
+    case: Case, category: Category, folder: Path, asked: dict[str, Any], weights, progress: Progress
+) -> tuple[AbstractDetector, dict[str, Any]]:
+    """The case's detector, and what is to be told of its fit."""
+    model, told = folder / "detector.model", folder / "fit.json"
+    if model.exists() and told.exists():
+        return load_detector(model, weights=weights), json.loads(told.read_text())
+    method, train = DETECTORS[case.method], _training(case, category, asked["seed"])
     backbone = _deep_as_the_file(case.backbone, method.default_layers(find_network(case.backbone), len(train)), weights)
     options: dict[str, Any] = {"resume": folder / "detector.partial"} if case.method == "cflow" else {}
-    began = time.perf_counter()
+    began, trials = time.perf_counter(), []
     detector = fit(
         method,
         (read_image(path) for path in train),
         backbone,
-        size=size,
-        seed=seed,
+        size=tuple(asked["size"]),
+        tuning=trials if asked["tune"] else None,
+        seed=asked["seed"],
         progress=lambda stage, done, total: progress(f"{case.folder}: {stage}", done, total),
         **options,
     )
     save_detector(model, detector)
-    return detector, round(time.perf_counter() - began, 1)
+    about = {
+        "fit_seconds": round(time.perf_counter() - began, 1),
+        "training_images": len(train),
+        "layers": list(detector.backbone.layers),
+        "threshold": float(detector.calibrated.threshold),
+        "pixel_components": len(detector.calibrated.prior.means),
+        "tuning": [trial._asdict() for trial in trials],
+    }
+    write_atomically(told, json.dumps(about).encode())
+    return detector, about
 
 
 def _deep_as_the_file(name: str, layers: tuple[str, ...], weights) -> Backbone:
