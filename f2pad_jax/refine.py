@@ -176,7 +176,7 @@ class Window(eqx.Module):
     ) -> tuple[Problem, Float[Array, "_h _w 3"]]:
         """The first guess inside ``region`` and the problem that starts from it (lines 1-2), β times ``sparse``."""
         s, empty = settings, jnp.zeros(_size(self.known), bool)
-        alpha1, sparsity = s.weights(detector.calibrated)
+        prior_factor, sparsity_factor = detector.calibrated.tuned or (1.0, 1.0)
         hidden = self.box.paste(self.view.touched(region), empty)
         n0 = self.own.crop(scaled(inpaint(self.known, hidden), _size(self.image)))
         problem = Problem.make(
@@ -184,13 +184,17 @@ class Window(eqx.Module):
             self.own.crop(self.image),
             region,
             detector.locate(self.view(n0), self.box.corner),
-            alpha1=alpha1,
+            alpha1=prior_factor * s.alpha1,
             alpha2=s.alpha2,
             penalty=s.penalty,
             reach=s.reach,
             view=self.view,
         )
-        beta = paper_weight(s.beta0, self.m0) if s.beta0 is not None else sparsity_weight(problem, n0, sparsity)
+        beta = (
+            paper_weight(s.beta0, self.m0)
+            if s.beta0 is not None
+            else sparsity_weight(problem, n0, sparsity_factor * s.sparsity)
+        )
         return problem.with_beta(sparse * beta), n0
 
 

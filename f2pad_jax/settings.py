@@ -3,7 +3,6 @@
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-from f2pad_jax.detectors.base import Calibration
 from f2pad_jax.masks import AbstractDecision, Mixture, Residual
 from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.solvers import AbstractSolver, Descent, Sharing
@@ -18,14 +17,14 @@ class Settings(eqx.Module):
     """
 
     # Eq. (12)
-    alpha1: Scalar | None = None
-    """Weight of the pixel prior; 0 for none. None: the detector's own if it was tuned, else 0.01. Paper: grid search per
-    category, on labels."""
+    alpha1: Scalar = 0.01
+    """Weight of the pixel prior, times the detector's own factor if it was tuned; 0 for none. Paper: grid search per category,
+    on labels."""
     alpha2: Scalar = 1e-4
     """Weight of total variation; 0 for none. Paper: 1e-4."""
-    sparsity: Scalar | None = None
-    """β = sparsity · Σ excess scores of x / (l_a(x - n0) - l_a(0)); see :func:`f2pad_jax.objective.sparsity_weight`.
-    None: the detector's own if it was tuned, else 1.5."""
+    sparsity: Scalar = 1.5
+    """β = sparsity · Σ excess scores of x / (l_a(x - n0) - l_a(0)), see :func:`f2pad_jax.objective.sparsity_weight`, times the
+    detector's own factor if it was tuned."""
     beta0: Scalar | None = None
     """If given, the paper's β = beta0 / Σm0 instead. Paper: grid search per category."""
     penalty: AbstractPenalty = Log()
@@ -54,11 +53,6 @@ class Settings(eqx.Module):
     no noise. Paper: that of the first solve."""
     restore_steps: int | Int[Array, ""] = 50
     """Most steps of the re-estimation of n with β = 0 inside the mask; 0 leaves the first guess. Paper: to convergence."""
-
-    def weights(self, calibration: Calibration) -> tuple[Scalar, Scalar]:
-        """α1 and the sparsity: as given, or as tuned for the detector (:func:`f2pad_jax.fit`), or 0.01 and 1.5."""
-        alpha1, sparsity = calibration.tuned or (0.01, 1.5)
-        return alpha1 if self.alpha1 is None else self.alpha1, sparsity if self.sparsity is None else self.sparsity
 
     @staticmethod
     def paper(*, alpha1: Scalar = 0.01, beta0: Scalar = 3000.0) -> "Settings":

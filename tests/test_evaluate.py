@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from f2pad_jax import ImageError, OptionError
 from f2pad_jax.cli import main
 from f2pad_jax.data.images import write_png
+from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.data.textures import load_texture
+from f2pad_jax.detectors.base import silent
 from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.evaluate import FULL, evaluate, load_images, summarise
+from f2pad_jax.evaluation.evaluate import FULL, Case, _generated, _training, evaluate, load_images, summarise
 from f2pad_jax.evaluation.tables import write_tables
 
 SIZE = 96
@@ -184,19 +187,31 @@ def interrupt(stage, done, total):
         raise KeyboardInterrupt
 
 
-def test_generated_defects_of_few_shots_add_to_the_tables(root, out):
-    asked = {"protocols": ["cut-paste"], "settings": ["few-shot"], "images": 1, "size": (SIZE, SIZE)}
-    records = evaluate(root, out, **asked)
-    new = [r for r in records if r["protocol"] == "cut-paste"]
-    assert {r["setting"] for r in new} == {"few-shot"} and {r["images"] for r in new} == {1}
-    assert len(records) > len(new)
-    written = (out / "data" / "cut-paste" / "manifest.json").stat().st_mtime_ns
-    assert without_time(evaluate(root, out, **asked)) == without_time(records)
-    assert (out / "data" / "cut-paste" / "manifest.json").stat().st_mtime_ns == written
-    with pytest.raises(ImageError, match="another data set"):
-        evaluate(root, out, **(asked | {"images": 2}))
+def test_another_seed_is_another_run(root, out):
     with pytest.raises(ImageError, match="another size, seed or tuning"):
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
+
+
+def test_generated_defects_are_made_once(root, tmp_path):
+    data = tmp_path / "data"
+    _generated(root, data, "cut-paste", None, 2, (SIZE, SIZE), 0, silent)
+    assert len(open_category(data / "brick").test) == 2
+    written = (data / "manifest.json").stat().st_mtime_ns
+    _generated(root, data, "cut-paste", ["brick"], 2, (SIZE, SIZE), 0, silent)
+    assert (data / "manifest.json").stat().st_mtime_ns == written
+    for changed in ((3, (SIZE, SIZE), 0), (2, (64, 64), 0), (2, (SIZE, SIZE), 1)):
+        with pytest.raises(ImageError, match="another data set"):
+            _generated(root, data, "cut-paste", None, *changed, silent)
+
+
+def test_few_shots_are_sixteen_of_the_training_images(root):
+    paths = [Path(f"{k}.png") for k in range(40)]
+    category = open_category(root / "brick")._replace(train=paths)
+    normal, few = (Case("brick", "patchcore", "resnet18", "real", s) for s in ("normal", "few-shot"))
+    assert _training(normal, category, 0) == paths
+    chosen = _training(few, category, 0)
+    assert len(set(chosen)) == 16 and set(chosen) < set(paths) and chosen == _training(few, category, 0)
+    assert chosen != _training(few, category, 1)
 
 
 def test_what_is_unknown_is_refused(root, tmp_path, capsys):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,10 @@ from conftest import SIZE
 
 from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, refine
 from f2pad_jax.data.textures import load_texture
+from f2pad_jax.detectors.fit import with_calibration
 from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.inpaint import choose, exemplar
-from f2pad_jax.refine import WINDOWS
+from f2pad_jax.inpaint import choose, exemplar, harmonic
+from f2pad_jax.refine import WINDOWS, Window, look
 from f2pad_jax.region import divided
 from f2pad_jax.units import MEAN, STD, resized, to_unit
 from f2pad_jax.views import scaled_mask
@@ -131,6 +134,21 @@ def test_one_trace_serves_many_images_and_settings(jitted, traces, detector, ima
     ):
         jitted(detector, image, settings)
     assert len(traces) == 1
+
+
+def test_what_tuning_found_multiplies_the_weights(detector, images):
+    """A problem posed for a tuned detector has the weights of another with the settings multiplied."""
+    factors = jnp.float32(0.5), jnp.float32(3.0)
+    tuned = with_calibration(detector, dataclasses.replace(detector.calibrated, tuned=factors))
+    unit = to_unit(images[0])
+
+    def weights(detector, settings):
+        coarse = look(detector, unit, jax.tree.map(jnp.asarray, settings))
+        window = Window.around(detector, unit, coarse, coarse.region, None)
+        return window.pose(detector, window.region, settings, harmonic)[0].weights
+
+    plain, found = weights(detector, Settings(alpha1=0.005, sparsity=4.5)), weights(tuned, Settings())
+    np.testing.assert_allclose([float(v) for v in found], [float(v) for v in plain], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["float", "uint16", "jax"])

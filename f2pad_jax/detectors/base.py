@@ -80,7 +80,7 @@ class Calibration(eqx.Module):
     normals: UInt8[Array, "k h w 3"] | None = None
     """Some of the training images, for the inpainter to borrow from."""
     tuned: tuple[Float[Array, ""], Float[Array, ""]] | None = None
-    """α1 and the sparsity that suit these images best, if they were tuned; see :class:`~f2pad_jax.Settings`."""
+    """Factors on α1 and on the sparsity of :class:`~f2pad_jax.Settings` that suit these images, if they were tuned."""
 
 
 class AbstractDetector(eqx.Module):

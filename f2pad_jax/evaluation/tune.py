@@ -15,8 +15,8 @@ from f2pad_jax.prior import fit_prior
 from f2pad_jax.refine import refine
 from f2pad_jax.settings import Settings
 
-SPARSITY = (1.5, 0.75, 3.0)
-ALPHA1 = (0.01, 0.003, 0.03)
+SPARSITY = (float(Settings().sparsity), 0.75, 3.0)
+ALPHA1 = (float(Settings().alpha1), 0.003, 0.03)
 COMPONENTS = (6, 3, 12)
 """What is tried, the default first."""
 NUM_IMAGES = 8
@@ -69,7 +69,7 @@ def tune(
         if choice not in trials:
             progress("tuning", len(trials), total)
             prior = fit_prior(pixels, num_components=choice.num_components, seed=seed)
-            tuned = (jnp.float32(choice.alpha1), jnp.float32(choice.sparsity))
+            tuned = (jnp.float32(choice.alpha1 / ALPHA1[0]), jnp.float32(choice.sparsity / SPARSITY[0]))
             candidate = with_calibration(detector, dataclasses.replace(detector.calibrated, prior=prior, tuned=tuned))
             masks = [np.asarray(refine(candidate, image, settings=SHORT).mask) for image, _ in defects]
             values = [iou(mask, defect.mask) for mask, defect in zip(masks, defects, strict=True)]
