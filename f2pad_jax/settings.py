@@ -18,13 +18,13 @@ class Settings(eqx.Module):
 
     # Eq. (12)
     alpha1: Scalar = 0.01
-    """Weight of the pixel prior, times the detector's own factor if it was tuned; 0 for none. Paper: grid search per category,
-    on labels."""
+    """Weight of the pixel prior, times the detector's own factor if it was tuned; 0 for none. Paper: grid search per
+    category, on labels."""
     alpha2: Scalar = 1e-4
     """Weight of total variation; 0 for none. Paper: 1e-4."""
     sparsity: Scalar = 1.5
-    """β = sparsity · Σ excess scores of x / (l_a(x - n0) - l_a(0)), see :func:`f2pad_jax.objective.sparsity_weight`, times the
-    detector's own factor if it was tuned."""
+    """β = sparsity · Σ excess scores of x / (l_a(x - n0) - l_a(0)), see :func:`f2pad_jax.objective.sparsity_weight`, times
+    the detector's own factor if it was tuned."""
     beta0: Scalar | None = None
     """If given, the paper's β = beta0 / Σm0 instead. Paper: grid search per category."""
     penalty: AbstractPenalty = Log()
