@@ -67,7 +67,7 @@ def make_dataset(
     """Write a data set of synthetic defects and ``manifest.json``; returns the manifest's path.
 
     One in five of a category's training images, at most ``count``, and its good test images are pasted on, in turn; the
-    other training images are the new ones. Every image has a random stream of its own: more of them, or fewer categories,
+    other training images are the new ones. Every image has a random stream of its own, so that fewer categories
     change none.
 
     Args:

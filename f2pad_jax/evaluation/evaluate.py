@@ -281,7 +281,12 @@ def _variants(folder: Path, sample: Sample) -> list[str]:
     if not path.exists():
         return []
     with np.load(path) as arrays:
-        return [name.removeprefix("mask ") for name in arrays.files if name.startswith("mask ")]
+        return _refined_by(arrays.files)
+
+
+def _refined_by(names: Iterable[str]) -> list[str]:
+    """The variants among the names of what is kept of an image."""
+    return [name.removeprefix("mask ") for name in names if name.startswith("mask ")]
 
 
 def _look(detector: AbstractDetector, sample: Sample, folder: Path, variant: str, size: tuple[int, int]) -> None:
@@ -319,7 +324,7 @@ def load_images(folder: Path) -> list[Looked]:
         if not path.exists():
             continue
         with np.load(path) as arrays:
-            variants = [key.removeprefix("mask ") for key in arrays.files if key.startswith("mask ")]
+            variants = _refined_by(arrays.files)
             found.append(
                 Looked(
                     name=name,
@@ -371,7 +376,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         "coarse_dice": mean(metrics.dice, m0),
         "backbone_iou": mean(metrics.iou, maps > best),
         "backbone_dice": mean(metrics.dice, maps > best),
-        "f1_max": metrics.f1_max(maps, truth),
+        "f1_max": metrics.dice((maps > best).reshape(1, -1), truth.reshape(1, -1)),
         "ap": metrics.average_precision(maps, truth),
         "auroc": metrics.auroc(maps, truth),
         "aupro": metrics.aupro(maps, truth),

@@ -1,6 +1,7 @@
 """Weights of Eq. (12) chosen per category without a label, on synthetic defects."""
 
 import dataclasses
+import functools
 from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from f2pad_jax.data.dataset import PROTOCOLS, Sources, shows_objects
 from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress, silent
 from f2pad_jax.detectors.fit import Trial, sampled_pixels, with_calibration
 from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.prior import fit_prior
+from f2pad_jax.prior import PixelPrior, fit_prior
 from f2pad_jax.refine import refine
 from f2pad_jax.settings import Settings
 
@@ -64,11 +65,15 @@ def tune(
     trials: dict[Choice, tuple[D, float]] = {}
     total = len(SPARSITY) + len(ALPHA1) + len(COMPONENTS) - 2
 
+    @functools.cache
+    def prior_of(num_components: int) -> PixelPrior:
+        return fit_prior(pixels, num_components=num_components, seed=seed)
+
     def tried(choice: Choice) -> float:
         """The mean IoU; the detector it is reached by is kept."""
         if choice not in trials:
             progress("tuning", len(trials), total)
-            prior = fit_prior(pixels, num_components=choice.num_components, seed=seed)
+            prior = prior_of(choice.num_components)
             tuned = (jnp.float32(choice.alpha1 / ALPHA1[0]), jnp.float32(choice.sparsity / SPARSITY[0]))
             candidate = with_calibration(detector, dataclasses.replace(detector.calibrated, prior=prior, tuned=tuned))
             masks = [np.asarray(refine(candidate, image, settings=SHORT).mask) for image, _ in defects]
