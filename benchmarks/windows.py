@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 import f2pad_jax
 from f2pad_jax import Descent, Settings
 from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.refine import WINDOWS, look, solve_window
-from f2pad_jax.region import divided
+from f2pad_jax.region import WINDOWS, divided
+from f2pad_jax.window import look, solve_window
 
 
 def seconds(function, *arguments, turns: int = 2) -> tuple[float, object]:

@@ -35,8 +35,8 @@ from f2pad_jax.penalties import AbstractPenalty as AbstractPenalty
 from f2pad_jax.penalties import Log as Log
 from f2pad_jax.prior import PixelPrior as PixelPrior
 from f2pad_jax.prior import fit_prior as fit_prior
-from f2pad_jax.refine import Refined as Refined
 from f2pad_jax.refine import refine as refine
+from f2pad_jax.refine import refine_many as refine_many
 from f2pad_jax.settings import Settings as Settings
 from f2pad_jax.solvers import AbstractSolver as AbstractSolver
 from f2pad_jax.solvers import Descent as Descent
@@ -50,5 +50,6 @@ from f2pad_jax.solvers import State as State
 from f2pad_jax.solvers import scale_by_adan as scale_by_adan
 from f2pad_jax.solvers import solve as solve
 from f2pad_jax.solvers import start as start
+from f2pad_jax.window import Refined as Refined
 
 __version__ = "0.1.0"

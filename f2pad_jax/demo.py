@@ -18,8 +18,9 @@ from f2pad_jax.detectors.fit import fit
 from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
 from f2pad_jax.evaluation.pictures import gallery, overlay
-from f2pad_jax.refine import Refined, refine
+from f2pad_jax.refine import refine
 from f2pad_jax.timing import compile_seconds
+from f2pad_jax.window import Refined
 
 
 def run_demo(

@@ -17,10 +17,10 @@ from f2pad_jax.evaluation.pictures import overlay, to_uint8
 from f2pad_jax.inpaint import Inpainter, choose
 from f2pad_jax.masks import Evidence
 from f2pad_jax.objective import Terms
-from f2pad_jax.refine import WINDOWS, Coarse, Window, _untouched, look
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, Recorded, Solution, solve
 from f2pad_jax.units import denormalise, to_unit
+from f2pad_jax.window import Coarse, Window, look, untouched
 
 
 class History(NamedTuple):
@@ -118,15 +118,13 @@ def history(
     coarse = look(detector, unit, constants)
     region = np.asarray(coarse.region)
     if not region.any() or region.all():
-        untouched = _untouched(unit, coarse)
-        outcome, mask = Outcome(int(untouched.outcome)), np.asarray(untouched.mask)
-        nothing, kept = np.zeros(0, np.float32), np.asarray(unit)
-        return History(
-            kept, nothing, dict.fromkeys(Terms._fields, nothing), np.zeros(1, int), kept[None], mask[None], outcome
-        )
+        nothing = untouched(unit, coarse)
+        outcome, mask = Outcome(int(nothing.outcome)), np.asarray(nothing.mask)
+        none, kept = np.zeros(0, np.float32), np.asarray(unit)
+        return History(kept, none, dict.fromkeys(Terms._fields, none), np.zeros(1, int), kept[None], mask[None], outcome)
     window = None
     if settings.margin is not None:
-        window = regions.window_size(region, settings.margin, detector.stride, WINDOWS)
+        window = regions.window_size(region, settings.margin, detector.stride, regions.WINDOWS)
     limit = -(-int(settings.max_steps) // settings.steps_per_check) * settings.steps_per_check
     solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)
     count = int(solution.steps)

@@ -11,6 +11,9 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
+WINDOWS = (64, 96, 128, 160, 192)
+"""Sides of the square windows solved in; the whole image where none holds the region."""
+
 
 def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
     """Dilation by a (2·radius+1)² square."""

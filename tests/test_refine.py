@@ -11,10 +11,10 @@ from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import with_calibration
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose, exemplar, harmonic
-from f2pad_jax.refine import WINDOWS, Window, look
-from f2pad_jax.region import divided
+from f2pad_jax.region import WINDOWS, divided
 from f2pad_jax.units import MEAN, STD, resized, to_unit
 from f2pad_jax.views import scaled_mask
+from f2pad_jax.window import Window, look
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_an_image_alone_gets_what_it_gets_in_a_batch(detector, images, result):
 
 
 def test_side_by_side_gives_the_same_masks(detector, images, result):
-    lanes = refine(detector, images[1:2], batch_size=2)
+    lanes = refine(detector, images[1:2], lanes=2)
     assert iou(np.asarray(lanes.mask[0]), result.mask[1]) > 0.85  # rounding decides single pixels of a small mask
 
 

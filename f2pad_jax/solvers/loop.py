@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from f2pad_jax.detectors.base import Where
 from f2pad_jax.objective import Problem
 
 
@@ -90,6 +91,56 @@ class AbstractSolver(eqx.Module):
         return problem.region & (jnp.linalg.norm(problem.x - n, axis=-1) > tau)
 
 
+class Iterate(NamedTuple):
+    """The loop between two looks at the stopping rule."""
+
+    where: Where
+    """The detector's view of n."""
+    state: State
+    steps: Int[Array, ""]
+    failed: Bool[Array, ""]
+    converged: Bool[Array, ""]
+
+    def going(self, max_steps: int | Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether there is a step left to take."""
+        return ~self.converged & ~self.failed & (self.steps < max_steps)
+
+
+def begin(solver: AbstractSolver, problem: Problem, n0: Float[Array, "h w 3"]) -> Iterate:
+    """Line 3 of Algorithm 1; already converged where the region is empty."""
+    empty = ~jnp.any(problem.region)
+    return Iterate(problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty)
+
+
+def advance(solver: AbstractSolver, problem: Problem, iterate: Iterate, num_steps: int) -> Iterate:
+    """``num_steps`` times lines 5-7 on a view of n that the detector refreshes first, and a look at the stopping rule."""
+    before = iterate.state
+    where = problem.detector.refresh(problem.view(before.n), iterate.where)
+    now = dataclasses.replace(problem, where=where)
+
+    def one(_, carry):
+        state, steps, failed = carry
+        new = solver.step(now, state)
+        failed = failed | ~(jnp.isfinite(new.objective) & jnp.all(jnp.isfinite(new.n)))
+        n, objective = jax.tree.map(lambda a, b: jnp.where(failed, a, b), state[:2], new[:2])
+        return State(n, objective, new.memory), steps + 1, failed
+
+    state, steps, failed = jax.lax.fori_loop(0, num_steps, one, (before, iterate.steps, iterate.failed))
+    return Iterate(where, state, steps, failed, solver.terminate(before, state, num_steps))
+
+
+def finish(problem: Problem, iterate: Iterate) -> Solution:
+    """What the loop has come to."""
+    _, state, steps, failed, converged = iterate
+    empty = ~jnp.any(problem.region)
+    outcome = jnp.select(
+        [empty, failed, converged],
+        [int(Outcome.NOTHING_TO_REFINE), int(Outcome.NON_FINITE), int(Outcome.CONVERGED)],
+        int(Outcome.STEP_LIMIT),
+    )
+    return Solution(state.n, steps, jnp.where(empty, 0.0, state.objective), outcome, state.memory)
+
+
 def solve(
     solver: AbstractSolver,
     problem: Problem,
@@ -103,32 +154,9 @@ def solve(
     Every ``steps_per_check`` steps the detector refreshes its view of n, and the loop ends where the solver says so
     (departure: the paper compares two successive steps; ``steps_per_check=1`` is that).
     """
-    empty = ~jnp.any(problem.region)
-
-    def advance(problem: Problem, carry):
-        state, steps, failed = carry
-        new = solver.step(problem, state)
-        failed = failed | ~(jnp.isfinite(new.objective) & jnp.all(jnp.isfinite(new.n)))
-        n, objective = jax.tree.map(lambda a, b: jnp.where(failed, a, b), state[:2], new[:2])
-        return State(n, objective, new.memory), steps + 1, failed
-
-    def chunk(carry):
-        where, state, steps, failed, _ = carry
-        where = problem.detector.refresh(problem.view(state.n), where)
-        now = dataclasses.replace(problem, where=where)
-        carry = state, steps, failed
-        new, steps, failed = jax.lax.fori_loop(0, steps_per_check, lambda _, c: advance(now, c), carry)
-        return where, new, steps, failed, solver.terminate(state, new, steps_per_check)
-
-    def going(carry):
-        _, _, steps, failed, converged = carry
-        return ~converged & ~failed & (steps < max_steps)
-
-    first = problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty
-    _, state, steps, failed, converged = jax.lax.while_loop(going, chunk, first)
-    outcome = jnp.select(
-        [empty, failed, converged],
-        [int(Outcome.NOTHING_TO_REFINE), int(Outcome.NON_FINITE), int(Outcome.CONVERGED)],
-        int(Outcome.STEP_LIMIT),
+    iterate = jax.lax.while_loop(
+        lambda iterate: iterate.going(max_steps),
+        lambda iterate: advance(solver, problem, iterate, steps_per_check),
+        begin(solver, problem, n0),
     )
-    return Solution(state.n, steps, jnp.where(empty, 0.0, state.objective), outcome, state.memory)
+    return finish(problem, iterate)

@@ -1,0 +1,149 @@
+"""Many images in lanes get what each gets alone, in order, whatever the lanes and devices."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from f2pad_jax import ImageError, OptionError, Outcome, Settings, refine, refine_many
+from f2pad_jax import lanes as lanes_module
+from f2pad_jax.data.images import write_png
+from f2pad_jax.evaluation.metrics import iou
+
+SHORT = Settings(max_steps=30, restore_steps=10)
+
+
+@pytest.fixture(scope="module")
+def images(texture):
+    """Three defective images and a good one."""
+    return [*[test.image for test in texture.test], texture.train[0]]
+
+
+@pytest.fixture(scope="module")
+def alone(detector, images):
+    return [jax.tree.map(np.asarray, refine(detector, image, settings=SHORT)) for image in images]
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_in_any_order_each_image_gets_what_it_gets_alone(detector, images, alone):
+    order = [2, 3, 0, 2, 1, 3, 3, 0]
+    results = list(refine_many(detector, (images[i] for i in order), settings=SHORT))
+    assert len(results) == len(order)
+    for i, result in zip(order, results, strict=True):
+        assert_same(result, alone[i])
+        assert isinstance(result.mask, np.ndarray)
+    assert results[1].outcome == Outcome.NOTHING_TO_REFINE
+
+
+def test_several_lanes_give_the_same_whatever_their_neighbours(detector, images, alone):
+    first, second = (list(refine_many(detector, [images[i] for i in order], settings=SHORT, lanes=2)) for order in ORDERS)
+    for i in range(len(images)):
+        one, other = first[ORDERS[0].index(i)], second[ORDERS[1].index(i)]
+        assert_same(one, other)
+        # batched convolutions round otherwise, which decides single pixels of a small mask
+        assert iou(one.mask, alone[i].mask) > 0.85 or not alone[i].mask.any()
+
+
+ORDERS = [0, 1, 2, 3], [2, 1, 3, 0]
+
+
+def test_paths_are_read_on_the_way(detector, images, alone, tmp_path):
+    paths = []
+    for i, image in enumerate(images[:2]):
+        paths.append(tmp_path / f"{i}.png")
+        write_png(paths[-1], image)
+    for i, result in enumerate(refine_many(detector, [paths[0], str(paths[1])], settings=SHORT)):
+        assert_same(result, alone[i])
+
+
+def test_no_more_images_are_taken_in_than_there_is_room_for(detector, images):
+    taken = []
+
+    def source():
+        for i in itertools.count():
+            taken.append(i)
+            yield images[3]  # good: nothing to wait for
+
+    results = refine_many(detector, source(), settings=SHORT)
+    for _ in range(3):
+        next(results)
+    assert len(taken) <= 3 + lanes_module.AHEAD + 2 * 2  # delivered, taken in, and read ahead
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("f2pad")]
+
+
+def test_an_image_that_can_not_be_read_is_told_after_those_before_it(detector, images, alone, tmp_path):
+    results = refine_many(detector, [images[0], tmp_path / "missing.png", images[1]], settings=SHORT)
+    assert_same(next(results), alone[0])
+    with pytest.raises(ImageError, match=r"missing\.png"):
+        next(results)
+
+
+def test_what_the_source_raises_is_raised(detector):
+    def source():
+        raise RuntimeError("camera unplugged")
+        yield
+
+    with pytest.raises(RuntimeError, match="camera unplugged"):
+        list(refine_many(detector, source(), settings=SHORT))
+
+
+def test_a_batch_is_no_image_of_a_stream(detector, images):
+    with pytest.raises(ImageError, match="one at a time"):
+        list(refine_many(detector, [np.stack(images)]))
+
+
+@pytest.mark.parametrize("call", [refine, lambda *args, **kwargs: list(refine_many(*args, **kwargs))])
+def test_there_is_at_least_one_lane(detector, images, call):
+    with pytest.raises(OptionError, match="lanes=0"):
+        call(detector, images, lanes=0)
+
+
+TWO_DEVICES = """
+import sys
+import jax, numpy as np
+import f2pad_jax
+from f2pad_jax import Settings, refine, refine_many
+assert len(jax.devices()) == 2
+detector = f2pad_jax.load_detector(sys.argv[1])
+images = np.load(sys.argv[2])
+settings = Settings(max_steps=10, restore_steps=10)
+used = set()
+alone = [jax.tree.map(np.asarray, refine(detector, image, settings=settings)) for image in images[:2]]
+take = f2pad_jax.lanes.Lanes.take
+def taking(self, number, image):
+    used.add(str(self.means.detector.calibrated.scale.devices()))
+    return take(self, number, image)
+f2pad_jax.lanes.Lanes.take = taking
+for i, result in enumerate(refine_many(detector, [images[k % 2] for k in range(8)], settings=settings)):
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(alone[i % 2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+print("used", len(used))
+"""
+
+
+def test_two_devices_give_what_one_gives(detector, images, tmp_path):
+    from f2pad_jax import save_detector
+
+    save_detector(tmp_path / "m.model", detector)
+    np.save(tmp_path / "images.npy", np.stack(images))
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES, tmp_path / "m.model", tmp_path / "images.npy"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "used 2"
