@@ -103,8 +103,8 @@ class Mixture(AbstractDecision):
         """The probability of an anomaly; 0 outside the region."""
         problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
-        residuals = [tolerant_residual(x, m, self.tolerance) for m in (n0, n)]
-        values = jnp.log(jnp.stack(residuals, axis=-1) + self.floor)
+        residuals = jax.vmap(lambda m: tolerant_residual(x, m, self.tolerance), out_axes=-1)(jnp.stack([n0, n]))
+        values = jnp.log(residuals + self.floor)
         prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
 
         def log_density(weight: Float[Array, "h w"]) -> Float[Array, "h w"]:

@@ -51,20 +51,18 @@ def closed(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
 def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
     """Fill holes: every unset pixel that can't reach the border through 4-neighbours is set.
 
-    The outside is flooded by sweeps along rows and columns, each an associative scan, until nothing changes;
-    a sweep crosses the whole image, so ordinary shapes take a handful.
+    The outside is flooded by sweeps along columns and rows, each a running maximum, until nothing changes; a sweep crosses
+    the whole image, so ordinary shapes take a handful.
     """
-    open_ = ~mask
     border = jnp.zeros_like(mask).at[0].set(True).at[-1].set(True).at[:, 0].set(True).at[:, -1].set(True)
 
     def sweep(outside: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
-        def follow(first, second):  # reach = seed | (passable & reach before)
-            (seed1, pass1), (seed2, pass2) = first, second
-            return seed2 | (pass2 & seed1), pass1 & pass2
-
         for axis in (0, 1):
-            for reverse in (False, True):
-                outside, _ = jax.lax.associative_scan(follow, (outside, open_), reverse=reverse, axis=axis)
+            # both ways: the last pixel passed that is a wall (even) or outside (odd)
+            walls, reached = (jnp.stack([a, jnp.flip(a, axis)]) for a in (mask, outside))
+            place = 2 * jax.lax.broadcasted_iota(jnp.int32, walls.shape, axis + 1) + 2
+            last = jax.lax.cummax(jnp.where(walls | reached, place + reached, 0), axis + 1) % 2 == 1
+            outside = ~mask & (last[0] | jnp.flip(last[1], axis))
         return outside
 
     def grow(carry):
@@ -72,17 +70,17 @@ def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
         new = sweep(outside)
         return new, jnp.any(new != outside)
 
-    outside, _ = jax.lax.while_loop(lambda carry: carry[1], grow, (open_ & border, jnp.any(open_ & border)))
+    outside, _ = jax.lax.while_loop(lambda carry: carry[1], grow, (~mask & border, jnp.any(~mask & border)))
     return ~outside
 
 
 def suspect_region(coarse_mask: Bool[Array, "h w"], faint: Bool[Array, "h w"], dilation: int) -> Bool[Array, "h w"]:
-    """The pixels to optimise: m0 with its holes filled, dilated (paper, Section III-E2), and what stands out less.
+    """The pixels to optimise: m0 dilated (paper, Section III-E2), its holes filled, and what stands out less.
 
     Departures: holes are filled, since coarse maps are often rings around large defects; and where there is an m0,
     ``faint`` pixels are suspect too, so that the faint part of a defect is not missed.
     """
-    return filled(dilate(filled(coarse_mask), dilation) | (jnp.any(coarse_mask) & faint))
+    return filled(dilate(coarse_mask, dilation) | (jnp.any(coarse_mask) & faint))
 
 
 def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach: int | None) -> Float[Array, "hk wk"]:

@@ -1,13 +1,14 @@
 import os
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax import Calibration, PatchCore, PixelPrior, fit, load_backbone
+from f2pad_jax import AbstractDetector, Backbone, Calibration, PatchCore, PixelPrior, fit, load_backbone
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.units import MEAN, STD
 
@@ -67,3 +68,28 @@ def check_map_of_batches(detector, alone, image, others):
     for found in (first[0], last[2]):
         np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6 * alone.max())
     assert not np.allclose(first[1], alone, rtol=0.01)
+
+
+class MeanColour(AbstractDetector):
+    """A user's own detector: 4x4 block means against one colour."""
+
+    colour: jax.Array
+    calibration: Calibration | None = None
+    backbone: Backbone | None = None
+    size: tuple[int, int] = eqx.field(static=True, default=(24, 24))
+
+    @classmethod
+    def fit(cls, images, backbone, *, seed, progress):
+        return cls(jnp.mean(jnp.stack([*images]), axis=(0, 1, 2)))
+
+    @property
+    def stride(self):
+        return 4
+
+    def anomaly_map(self, image):
+        return jnp.repeat(jnp.repeat(self.scores(image, None)[0], 4, 0), 4, 1)
+
+    def raw_scores(self, image, where):
+        h, w, _ = image.shape
+        blocks = image.reshape(h // 4, 4, w // 4, 4, 3).mean(axis=(1, 3))
+        return (jnp.sum((blocks - self.colour) ** 2, axis=-1),)

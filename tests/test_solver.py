@@ -4,13 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import calibration
+from conftest import MeanColour, calibration
 
 from f2pad_jax import (
-    AbstractDetector,
     AbstractSolver,
-    Backbone,
-    Calibration,
     Descent,
     Outcome,
     Problem,
@@ -21,31 +18,6 @@ from f2pad_jax import (
     solve,
 )
 from f2pad_jax.units import HIGHEST, LOWEST
-
-
-class MeanColour(AbstractDetector):
-    """A user's own detector: 4x4 block means against one colour."""
-
-    colour: jax.Array
-    calibration: Calibration | None = None
-    backbone: Backbone | None = None
-    size: tuple[int, int] = eqx.field(static=True, default=(24, 24))
-
-    @classmethod
-    def fit(cls, images, backbone, *, seed, progress):
-        return cls(jnp.mean(jnp.stack([*images]), axis=(0, 1, 2)))
-
-    @property
-    def stride(self):
-        return 4
-
-    def anomaly_map(self, image):
-        return jnp.repeat(jnp.repeat(self.scores(image, None)[0], 4, 0), 4, 1)
-
-    def raw_scores(self, image, where):
-        h, w, _ = image.shape
-        blocks = image.reshape(h // 4, 4, w // 4, 4, 3).mean(axis=(1, 3))
-        return (jnp.sum((blocks - self.colour) ** 2, axis=-1),)
 
 
 @pytest.fixture(autouse=True)
