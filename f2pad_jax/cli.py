@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         "--inpaint",
         choices=sorted(INPAINTERS),
         help="first guess of the normal image (default: mae where its weights are installed, else exemplar)",
+    )
+    refine.add_argument(
+        "--lanes",
+        type=int,
+        help="parts of images solved side by side (default: 1 on a CPU, elsewhere as many as the device has memory for)",
     )
     refine.add_argument(
         "--history", action="store_true", help="also how the solver got there: curves, animation, table (twice the time)"
@@ -274,12 +278,8 @@ def _summary(detector, num_images: int) -> str:
 
 
 def _refine(arguments: argparse.Namespace) -> None:
-    import jax
-    import numpy as np
-
-    from f2pad_jax.checkpoints import write_atomically
-    from f2pad_jax.data.images import check_images, list_images, read_image, write_png
-    from f2pad_jax.evaluation.pictures import overlay
+    from f2pad_jax.data.images import check_images, list_images
+    from f2pad_jax.files import refine_files, worker
     from f2pad_jax.models import load_detector
 
     detector = load_detector(arguments.model, weights=arguments.weights)
@@ -289,44 +289,16 @@ def _refine(arguments: argparse.Namespace) -> None:
     _folder(arguments.out)
     _use_compilation_cache()
     print(_COMPILING)
-    records, start = [], time.perf_counter()
+    work = worker(detector, arguments.out, inpaint=arguments.inpaint, lanes=arguments.lanes, history=arguments.history)
+    recipe = {"inpaint": arguments.inpaint, "history": arguments.history}
+    tasks = [(path, stem) for (path, _), stem in zip(found, stems, strict=True)]
     with _progress() as progress:
-        progress("refining", 0, len(found))
-        for (path, _), stem in zip(found, stems, strict=True):
-            image, began = read_image(path), time.perf_counter()
-            result = jax.tree.map(np.asarray, f2pad_jax.refine(detector, image, inpaint=arguments.inpaint))
-            outcome = f2pad_jax.Outcome(int(result.outcome))
-            files = {kind: f"{stem}_{kind}.png" for kind in ("mask", "normal", "overlay")}
-            write_png(arguments.out / files["mask"], result.mask)
-            write_png(arguments.out / files["normal"], result.normal)
-            write_png(arguments.out / files["overlay"], overlay(image, result.mask))
-            if arguments.history:
-                history = f2pad_jax.history(detector, image, inpaint=arguments.inpaint)
-                history.save_csv(arguments.out / f"{stem}_history.csv")
-                history.save_animation(arguments.out / f"{stem}_history.gif")
-                history.save_figure(arguments.out / f"{stem}_history.png")
-            records.append(
-                {
-                    "image": str(path),
-                    **files,
-                    "anomalous_pixels": int(result.mask.sum()),
-                    "anomalous_share": float(result.mask.mean()),
-                    "coarse_share": float(result.coarse_mask.mean()),
-                    "max_score": float(result.coarse_map.max()),
-                    "inpainter": result.inpainter,
-                    "steps": int(result.steps),
-                    "objective": float(result.objective),
-                    "outcome": outcome.name.lower(),
-                    "message": outcome.message,
-                    "seconds": round(time.perf_counter() - began, 3),
-                }
-            )
-            progress("refining", len(records), len(found))
-    results = {"version": f2pad_jax.__version__, "model": str(arguments.model), "images": records}
-    write_atomically(arguments.out / "results.json", json.dumps(results, indent=2).encode())
+        results = refine_files(arguments.model, tasks, arguments.out, work, recipe, progress)
+    records, count, seconds = results["images"], results["refined_now"], results["seconds"]
     anomalous = sum(record["anomalous_pixels"] > 0 for record in records)
+    before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     print(
-        f"{len(records)} images in {time.perf_counter() - start:.0f} s: {anomalous} with an anomaly, "
+        f"{len(records)} images{before} in {seconds:.0f} s: {anomalous} with an anomaly, "
         f"{len(records) - anomalous} good; masks and results.json are in {arguments.out}"
     )
 
@@ -464,6 +436,8 @@ def _use_compilation_cache() -> None:
 
     import jax
 
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting
+        return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

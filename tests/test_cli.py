@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from f2pad_jax import CFlow, PaDiM, load_detector
+from f2pad_jax import CFlow, PaDiM, files, load_detector
 from f2pad_jax.cli import main
 from f2pad_jax.data.textures import load_texture
 
@@ -90,6 +90,44 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
     assert records["colour/a.png"]["anomalous_pixels"] > 0
     assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0
     assert not list(out.rglob(".*")), "no temporary file is left"
+
+
+def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, image in (("a", texture.test[0].image), ("b", texture.train[0]), ("c", texture.train[1])):
+        PIL.Image.fromarray(image).save(folder / f"{name}.png")
+    command = ["refine", str(model), str(folder), "--out", str(out)]
+    write = files.written
+
+    def stopped(path, *rest):
+        if path.stem == "c":
+            raise KeyboardInterrupt
+        return write(path, *rest)
+
+    monkeypatch.setattr(files, "written", stopped)
+    assert main(command) == 130
+    assert not (out / "results.json").exists()
+    mask = (out / "a_mask.png").read_bytes()
+    PIL.Image.fromarray(texture.train[2]).save(folder / "b.png")  # another picture: its result is no longer its own
+
+    again = []
+    monkeypatch.setattr(files, "written", lambda path, *rest: again.append(path.stem) or write(path, *rest))
+    assert main(command) == 0
+    assert again == ["b", "c"] and "3 images (1 of them before)" in capsys.readouterr().out
+    records = json.loads((out / "results.json").read_text())["images"]
+    assert [record["image"].rsplit("/")[-1] for record in records] == ["a.png", "b.png", "c.png"]
+    assert records[0]["anomalous_pixels"] > 0 and (out / "a_mask.png").read_bytes() == mask
+    assert not (out / "results.partial").exists()
+
+
+def test_results_of_another_model_are_not_gone_on_with(model, tmp_path, texture):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.partial").write_text('{"model": "another"}\n{"image": "x.png"}\n')
+    PIL.Image.fromarray(texture.train[0]).save(tmp_path / "x.png")
+    assert main(["refine", str(model), str(tmp_path / "x.png"), "--out", str(out)]) == 0
+    assert json.loads((out / "results.json").read_text())["refined_now"] == 1
 
 
 def test_refine_shows_the_history(model, defective, tmp_path):
