@@ -1,0 +1,212 @@
+"""Against eager PyTorch: ``python benchmarks/eager.py FOLDER ... --weights FILE [--images N] [--methods patchcore padim]``.
+
+    pip install torch
+
+The same algorithm written the plain way: whole images, one at a time, autograd, all 50 candidates and all 121 taps of the
+gradient sharing at every step. Both solve the same problems (cut-paste defects of ``cutpaste.py``, 224x224, ResNet18, the
+same detector, m0, first guess, β and settings) for the same number of steps, without a stopping rule, and draw the mask by
+the same rule. Printed: images a second of both and their ratio, and the mean IoU of both. Ours is run twice, since the
+first run compiles; the seconds are the second's. Threads are those of the machine for both.
+"""
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cutpaste import cut_paste
+from safetensors.torch import load_file
+
+import f2pad_jax
+from f2pad_jax import Descent, Evidence, PaDiM, PatchCore, Settings
+from f2pad_jax.detectors import DETECTORS
+from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.inpaint import choose
+from f2pad_jax.units import HIGHEST, LOWEST, MEAN, STD
+from f2pad_jax.window import Window, look
+
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+class ResNet18(torch.nn.Module):
+    """As far as layer3, from torchvision's keys."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.weights = load_file(path)
+
+    def norm(self, x, name):
+        parts = (self.weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts)
+
+    def block(self, x, name, stride):
+        w = self.weights
+        y = F.relu(self.norm(F.conv2d(x, w[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
+        y = self.norm(F.conv2d(y, w[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+        if f"{name}.downsample.0.weight" in w:
+            x = self.norm(F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=stride), f"{name}.downsample.1")
+        return F.relu(x + y)
+
+    def forward(self, x):
+        x = F.relu(self.norm(F.conv2d(x, self.weights["conv1.weight"], stride=2, padding=3), "bn1"))
+        x, maps = F.max_pool2d(x, 3, 2, 1), []
+        for k in (1, 2, 3):
+            x = self.block(self.block(x, f"layer{k}.0", 1 if k == 1 else 2), f"layer{k}.1", 1)
+            maps.append(x)
+        return maps
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+class PatchCoreScores:
+    """Eq. (5): distances to all candidates, the least of them."""
+
+    def __init__(self, detector, where):
+        self.candidates = tensor(detector.memory_bank[where.indices])  # p k c
+
+    def __call__(self, maps):
+        maps = [F.avg_pool2d(m, 3, 1, 1) for m in maps]
+        size = maps[0].shape[2:]
+        features = torch.cat([F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps], 1)
+        features = features.flatten(2)[0].T
+        return ((features[:, None] - self.candidates) ** 2).sum(-1).min(1).values
+
+
+class PaDiMScores:
+    """Eq. (7)."""
+
+    def __init__(self, detector, where):
+        mean, precision = where
+        bounds = np.cumsum([0, *detector.backbone.channels])
+        self.channels = tensor(np.concatenate([np.asarray(c) + b for c, b in zip(detector.channels, bounds, strict=False)]))
+        self.mean, self.precision = (tensor(a.reshape(-1, *a.shape[2:])) for a in (mean, precision.precision))
+
+    def __call__(self, maps):
+        size = maps[0].shape[2:]
+        features = torch.cat([F.interpolate(m, size, mode="nearest") for m in maps], 1)[0, self.channels]
+        d = features.flatten(1).T - self.mean
+        return torch.einsum("pi,pij,pj->p", d, self.precision, d)
+
+
+SCORES = {PatchCore: PatchCoreScores, PaDiM: PaDiMScores}
+
+
+def length(a):
+    square = (a**2).sum(0)
+    return torch.where(square > 0, square.clamp(min=1e-30).sqrt(), torch.zeros(()))
+
+
+def taps(image, radius: int = 5):
+    """The neighbours within ``radius``, (121, c, h, w); zeros beyond the border."""
+    c, h, w = image.shape
+    return F.unfold(image[None], 2 * radius + 1, padding=radius).reshape(c, -1, h, w).transpose(0, 1)
+
+
+def solve(network, problem, n0, steps: int) -> np.ndarray:
+    """Algorithm 1, a line at a time."""
+    planes = lambda a: tensor(a).permute(2, 0, 1)  # noqa: E731
+    x, n, region = planes(problem.x), planes(n0), tensor(problem.region)
+    score, affected = SCORES[type(problem.detector)](problem.detector, problem.where), tensor(problem.affected[0]).flatten()
+    prior, weights, scale = problem.detector.calibrated.prior, problem.weights, float(problem.detector.scale)
+    means, whitening, epsilon = tensor(prior.means), tensor(prior.whitening), float(problem.penalty.epsilon)
+    mean, std, low, high = (tensor(a)[:, None, None] for a in (MEAN, STD, LOWEST, HIGHEST))
+    alpha1, alpha2, beta = (float(w) for w in weights)
+
+    def objective(n):
+        unit = (n * std + mean - mean) / std  # the backbone's own normalisation is ImageNet's as well
+        feature = (affected * score(network(unit[None]))).sum() / scale
+        d = n.permute(1, 2, 0)[region][:, None] - means
+        closest = (torch.einsum("qij,pqj->pqi", whitening, d) ** 2).sum(-1).min(1).values.sum()
+        variation = length(n[:, 1:] - n[:, :-1]).sum() + length(n[:, :, 1:] - n[:, :, :-1]).sum()
+        a = length(x - n)
+        sparse = torch.log(torch.sqrt(a**2 + epsilon) + a)[region].sum()
+        return feature + alpha1 * closest + alpha2 * variation + beta * sparse
+
+    spread = torch.arange(-5, 6) ** 2
+    spatial = torch.exp(-(spread[:, None] + spread).flatten() / 1.1)
+    colour = torch.exp(-((taps(x) - x) ** 2).sum(1) / 3.0) * taps(torch.ones_like(x[:1]))[:, 0]
+    weight = spatial[:, None, None] * colour
+    weight = weight / weight.sum(0)
+    m = v = s = before = torch.zeros_like(x)
+    b1, b2, b3 = 0.98, 0.92, 0.99
+    for k in range(1, steps + 1):
+        leaf = n.clone().requires_grad_()
+        (g,) = torch.autograd.grad(objective(leaf), leaf)
+        g = (taps(g * region) * weight[:, None]).sum(0)
+        d = g - before if k > 1 else torch.zeros_like(g)
+        m, v, s = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * d, b3 * s + (1 - b3) * (g + b2 * d) ** 2
+        direction = (m / (1 - b1**k) + b2 * v / (1 - b2**k)) / (torch.sqrt(s / (1 - b3**k)) + 1e-8)
+        gamma = 0.3 / (x - n).abs().clamp(min=1.0)
+        n, before = torch.where(region, torch.clamp(n - gamma * direction, low, high), x), g
+    return n.permute(1, 2, 0).numpy()
+
+
+@eqx.filter_jit
+def posed(detector, image, settings, inpaint):
+    """The whole image's problem and first guess."""
+    coarse = look(detector, image, settings)
+    window = Window.around(detector, image, coarse, coarse.region, None)
+    return window, *window.pose(detector, window.region, settings, inpaint)
+
+
+@eqx.filter_jit
+def drawn(settings, window, problem, n0, n):
+    """The mask."""
+    return settings.decision(settings.solver, Evidence(problem, n0, n, window.excess, window.threshold))
+
+
+def main() -> None:
+    """Both, image by image."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--methods", nargs="+", choices=["patchcore", "padim"], default=["patchcore", "padim"])
+    parser.add_argument("--images", type=int, default=2, help="of each folder")
+    parser.add_argument("--steps", type=int, default=150)
+    arguments = parser.parse_args()
+    print(
+        f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {platform.machine()}; {arguments.steps} steps"
+    )
+    network = ResNet18(arguments.weights)
+    backbone = f2pad_jax.load_backbone("resnet18", layers=LAYERS, weights=arguments.weights)
+    options = Settings(solver=Descent(tolerance=-1e9), max_steps=arguments.steps, restore_steps=0)
+    settings = jax.tree.map(jnp.asarray, options)
+    for method in arguments.methods:
+        rows = []
+        for folder in arguments.folders:
+            train, defects = cut_paste(folder, arguments.images)
+            detector = f2pad_jax.fit(DETECTORS[method], train, backbone)
+            _, inpaint = choose("exemplar", detector.calibrated.normals)
+            for _ in range(2):  # the first run compiles
+                began = time.perf_counter()
+                images = (defect.image for defect in defects)
+                ours = list(f2pad_jax.refine_many(detector, images, settings=options, inpaint="exemplar"))
+                took = (time.perf_counter() - began) / len(defects)
+            for (image, truth), result in zip(defects, ours, strict=True):
+                window, problem, n0 = posed(detector, jnp.asarray(image), settings, inpaint)
+                began = time.perf_counter()
+                n = solve(network, problem, n0, arguments.steps)
+                eager = time.perf_counter() - began
+                mask = np.asarray(drawn(settings, window, problem, n0, jnp.asarray(n)))
+                rows.append((iou(result.mask, truth), took, iou(mask, truth), eager))
+                print(f"  {method} {folder.name}: IoU {rows[-1][0]:.3f} and {rows[-1][2]:.3f}, {eager:.1f} s", flush=True)
+            jax.clear_caches()
+        one, fast, other, slow = np.mean(rows, axis=0)
+        print(
+            f"{method}: {len(rows)} images, ours {1 / fast:.3f} images/s, IoU {one:.3f}; eager PyTorch {1 / slow:.4f}, "
+            f"IoU {other:.3f}; {slow / fast:.1f} times",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
