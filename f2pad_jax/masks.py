@@ -91,13 +91,10 @@ class Mixture(AbstractDecision):
     """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Where the posterior exceeds one half and what that missed, opened, with what they enclose.
-
-        Departure: the posterior's part is opened 2x2, not 3x3, since scratches may be two pixels wide.
-        """
+        """Where the posterior exceeds one half and what that missed, opened, with what they enclose."""
         found = filled(self.posterior(evidence) > 0.5)  # tried as it is: specks too small for the opening explain scores
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
-        return filled(opened(found, 2) | opened(plain & (unexplained(evidence, found) > self.missed)))
+        return filled(opened(found) | opened(plain & (unexplained(evidence, found) > self.missed)))
 
     def posterior(self, evidence: Evidence) -> Float[Array, "h w"]:
         """The probability of an anomaly; 0 outside the region."""

@@ -300,8 +300,8 @@ def test_without_a_margin_all_is_one():
     np.testing.assert_array_equal(part, region)
 
 
-@pytest.mark.parametrize("side", [2, 3, 4])
-def test_opening_keeps_what_a_square_fits_into(side):
+def test_opening_keeps_what_a_square_fits_into():
+    side = 3
     mask = np.random.default_rng(side).random((30, 40)) < 0.85
     mask[:, :3] = mask[:2] = True
     padded = np.pad(mask, side, constant_values=True)
@@ -310,6 +310,6 @@ def test_opening_keeps_what_a_square_fits_into(side):
         for j in range(padded.shape[1] - side + 1):
             if padded[i : i + side, j : j + side].all():
                 expected[i : i + side, j : j + side] = True
-    found = np.asarray(opened(jnp.asarray(mask), side))
+    found = np.asarray(opened(jnp.asarray(mask)))
     np.testing.assert_array_equal(found[side:-side, side:-side], expected[side:-side, side:-side][side:-side, side:-side])
     assert not (found & ~mask).any() and 0 < found.sum() < mask.sum()

@@ -1,0 +1,99 @@
+"""Lanes against other ways to refine many images: ``python benchmarks/lanes.py FOLDER ... [--weights FILE] [--images N]``.
+
+Images are the defective ones of ``test`` of folders in MVTec layout, spread evenly over them, with PatchCore. Compared, each
+compiled before and timed once more, taking turns: one image at a time (``refine`` in a loop), lanes (``refine_many`` with one
+and with several lanes), and one ``vmap`` of all images at once, which runs every image in the whole frame until the slowest
+is done. Printed: images a second, steps, peak memory of the process after each, and how many masks differ from those of one
+at a time.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import f2pad_jax
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import open_category
+from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.units import resized, to_unit
+
+
+def ways(detector, images, num_lanes: int):
+    """Each way's name and masks of all images."""
+    vmapped = jax.jit(lambda detector, images: f2pad_jax.refine(detector, images, lanes=len(images)))
+
+    def many(lanes):
+        return lambda: list(f2pad_jax.refine_many(detector, images, inpaint="exemplar", lanes=lanes))
+
+    return {
+        "one at a time": lambda: [f2pad_jax.refine(detector, image, inpaint="exemplar", lanes=1) for image in images],
+        "1 lane": many(1),
+        f"{num_lanes} lanes": many(num_lanes),
+        "vmap of all": lambda: _split(vmapped(detector, jnp.asarray(images))),
+    }
+
+
+def _split(batch):
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(len(batch.mask))]
+
+
+def main() -> None:
+    """Fit, refine every way, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
+    parser.add_argument("--weights")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--lanes", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--without", nargs="*", default=[], help="ways to leave out")
+    arguments = parser.parse_args()
+    size = (arguments.size, arguments.size)
+    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
+    for folder in arguments.folders:
+        category = open_category(folder)
+        detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(p) for p in category.train], backbone, size=size)
+        defective = [sample for sample in category.test if sample.mask]
+        chosen = np.linspace(0, len(defective) - 1, min(arguments.images, len(defective))).astype(int)
+        images = np.stack([np.asarray(resized(to_unit(read_image(defective[i].path)), size)) for i in chosen])
+        times: dict[str, float] = {}
+        masks: dict[str, list] = {}
+        for turn in range(arguments.turns + 1):
+            for name, way in ways(detector, images, arguments.lanes).items():
+                if name in arguments.without:
+                    continue
+                began = time.perf_counter()
+                results = jax.block_until_ready(way())
+                took = time.perf_counter() - began
+                if not turn:
+                    steps = np.array([int(result.steps) for result in results])
+                    masks[name] = [np.asarray(result.mask) for result in results]
+                    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                    print(
+                        f"  {folder.name} {name}: {took:.0f} s with compiling, steps {np.percentile(steps, [0, 50, 100])}, "
+                        f"{peak:.1f} GiB at most so far",
+                        flush=True,
+                    )
+                else:
+                    times[name] = min(took, times.get(name, np.inf))
+        first = masks[next(iter(masks))]
+        for name, took in times.items():
+            pairs = zip(first, masks[name], strict=True)
+            alike = [iou(one, other) if one.any() or other.any() else 1.0 for one, other in pairs]
+            print(
+                f"{folder.name:10} {name:14} {len(images) / took:7.3f} images/s; {sum(a < 1 for a in alike)} of "
+                f"{len(alike)} masks differ, mean IoU with them {np.mean(alike):.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
