@@ -1,10 +1,10 @@
 """Lanes against other ways to refine many images: ``python benchmarks/lanes.py FOLDER ... [--weights FILE] [--images N]``.
 
-Images are the defective ones of ``test`` of folders in MVTec layout, spread evenly over them, with PatchCore. Compared, each
-compiled before and timed once more, taking turns: one image at a time (``refine`` in a loop), lanes (``refine_many`` with one
-and with several lanes), and one ``vmap`` of all images at once, which runs every image in the whole frame until the slowest
-is done. Printed: images a second, steps, peak memory of the process after each, and how many masks differ from those of one
-at a time.
+Images are the defective ones of ``test`` of folders in MVTec layout, spread evenly over them, with PatchCore.
+Compared, each compiled before and timed once more, taking turns: one image at a time (``refine`` in a loop), lanes
+(``refine_many`` with one and with several lanes), and one ``vmap`` of all images at once, which runs every image in
+the whole frame until the slowest is done. Printed: images a second, steps, peak memory of the process after each, and
+how many masks differ from those of one at a time.
 """
 
 import argparse

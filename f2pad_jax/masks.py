@@ -72,9 +72,9 @@ class Mixture(AbstractDecision):
     defect passes for all of it, and the map decides.
     """
 
-    steepness: Scalar = 4.0
+    steepness: Scalar = 3.0
     """Prior log-odds a factor e of the coarse map."""
-    coupling: Scalar = 4.0
+    coupling: Scalar = 5.0
     """Log-odds of a pixel all of whose neighbours agree."""
     sigma: float = eqx.field(static=True, default=2.0)
     """Width of the neighbourhood, pixels, static."""
