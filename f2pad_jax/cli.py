@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         help="parts of images solved side by side (default: 1 on a CPU, elsewhere as many as the device has memory for)",
     )
     refine.add_argument(
+        "--ray",
+        type=int,
+        metavar="WORKERS",
+        help="refine in this many processes, of this machine or of the Ray cluster that RAY_ADDRESS names",
+    )
+    refine.add_argument(
         "--history", action="store_true", help="also how the solver got there: curves, animation, table (twice the time)"
     )
     refine.set_defaults(run=_refine)
@@ -278,6 +284,7 @@ def _summary(detector, num_images: int) -> str:
 
 
 def _refine(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.cluster import ray_workers
     from f2pad_jax.data.images import check_images, list_images
     from f2pad_jax.files import refine_files, worker
     from f2pad_jax.models import load_detector
@@ -289,7 +296,11 @@ def _refine(arguments: argparse.Namespace) -> None:
     _folder(arguments.out)
     _use_compilation_cache()
     print(_COMPILING)
-    work = worker(detector, arguments.out, inpaint=arguments.inpaint, lanes=arguments.lanes, history=arguments.history)
+    options = {"inpaint": arguments.inpaint, "lanes": arguments.lanes, "history": arguments.history}
+    if arguments.ray is None:
+        work = worker(detector, arguments.out, **options)
+    else:
+        work = ray_workers(arguments.model, arguments.weights, arguments.out, num_workers=arguments.ray, options=options)
     recipe = {"inpaint": arguments.inpaint, "history": arguments.history}
     tasks = [(path, stem) for (path, _), stem in zip(found, stems, strict=True)]
     with _progress() as progress:
