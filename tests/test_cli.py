@@ -4,17 +4,10 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import SIZE
 
 from f2pad_jax import CFlow, PaDiM, files, load_detector
 from f2pad_jax.cli import main
-from f2pad_jax.data.textures import load_texture
-
-SIZE = 96
-
-
-@pytest.fixture(scope="module")
-def texture():
-    return load_texture("gravel", size=SIZE, num_train=5, num_test=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +20,7 @@ def normal_folder(texture, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(normal_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "gravel.model"
+    path = tmp_path_factory.mktemp("model") / "brick.model"
     assert main(["fit", str(normal_folder), "--out", str(path), "--size", str(SIZE)]) == 0
     return path
 
