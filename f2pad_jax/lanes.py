@@ -128,7 +128,7 @@ class Bucket:
                 continue
             s = self.means.settings
             if part.found is None:
-                part.found = decide((self.means.detector, part.window, s, i), self.lanes)
+                part.found = decide((self.means.detector, part.window, s, jnp.asarray(i)), self.lanes)
                 self._enter(i, part, part.found.mask, 1)
                 continue
             n = self.lanes.iterate.state.n
@@ -144,11 +144,12 @@ class Bucket:
         m = self.means
         lane = enter(m.detector, part.window, region, m.settings, m.inpaint, jnp.asarray(phase))
         if not self.parts:
-            self.run, count = compiled(m, lane)
+            (device,) = lane.n0.devices()
+            self.run, count = compiled(m, lane, memory(device))
             self.parts = [None] * count
-            self.lanes = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), lane)
+            self.lanes = repeated(lane, count)
         self.parts[i] = part
-        self.lanes = lane if len(self.parts) == 1 else put((lane, i), self.lanes)
+        self.lanes = lane if len(self.parts) == 1 else put((lane, jnp.asarray(i)), self.lanes)
 
 
 @eqx.filter_jit
@@ -162,7 +163,7 @@ def enter(detector, window: Window, region, settings: Settings, inpaint, phase) 
 
 
 @eqx.filter_jit(donate="all-except-first")
-def put(what: tuple[Lane, Any], lanes: Lane) -> Lane:
+def put(what: tuple[Lane, Int[Array, ""]], lanes: Lane) -> Lane:
     """A lane into its place."""
     lane, i = what
     return jax.tree.map(lambda all, one: all.at[i].set(one), lanes, lane)
@@ -182,20 +183,28 @@ def run(means: tuple[AbstractDetector, Settings, Bool[Array, " l"]], lanes: Lane
 _run = eqx.filter_jit(run, donate="all-except-first")
 
 
-def compiled(means: Means, lane: Lane) -> tuple[Callable, int]:
-    """:func:`run` and the number of lanes: that asked for, or as many as the device has memory for."""
-    device = next(iter(lane.n0.devices()))
-    count = means.num_lanes or (1 if device.platform == "cpu" else MOST_LANES)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if means.num_lanes or count == 1 or not limit:
-        return _run, count
-    while count > 1:
-        lanes = jax.tree.map(lambda a, n=count: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), lane)
-        program = _run.lower((means.detector, means.settings, jax.ShapeDtypeStruct((count,), bool)), lanes).compile()
-        if lane_bytes(program) <= SHARE * limit:
-            return program, count
+def memory(device: Any) -> int | None:
+    """Bytes of an accelerator, where it says; 0 for a CPU."""
+    return 0 if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def compiled(means: Means, lane: Lane, limit: int | None) -> tuple[Callable, int]:
+    """:func:`run` and the number of lanes: that asked for, or as many as there is room for; one at least."""
+    if means.num_lanes or limit is None:
+        return _run, means.num_lanes or MOST_LANES
+    count, bytes_each = MOST_LANES, sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
+    while limit and count > 1:
+        if count * bytes_each <= SHARE * limit:
+            program = _run.lower((means.detector, means.settings, jnp.ones(count, bool)), repeated(lane, count)).compile()
+            if lane_bytes(program) <= SHARE * limit:
+                return program, count
         count //= 2
     return _run, 1
+
+
+def repeated(lane: Lane, count: int) -> Lane:
+    """A bucket of lanes that are all the same."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), lane)
 
 
 def lane_bytes(program) -> int:
@@ -205,7 +214,7 @@ def lane_bytes(program) -> int:
 
 
 @eqx.filter_jit
-def decide(means: tuple[AbstractDetector, Window, Settings, Any], lanes: Lane) -> Found:
+def decide(means: tuple[AbstractDetector, Window, Settings, Int[Array, ""]], lanes: Lane) -> Found:
     """Line 9: the mask of a lane that is done."""
     detector, window, settings, i = means
     lane = lanes if lanes.n0.ndim == 3 else jax.tree.map(lambda a: a[i], lanes)

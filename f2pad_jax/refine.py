@@ -73,6 +73,7 @@ def refine(
         results = jax.lax.map(whole, batch, batch_size=lanes or default)
     else:
         several = []
+        progress(0, len(batch))
         for result in stream(detector, batch, constants, inpainter, lanes):
             several.append(result)
             progress(len(several), len(batch))

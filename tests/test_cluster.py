@@ -14,10 +14,11 @@ from f2pad_jax.cluster import ray_workers
 
 
 @pytest.fixture(scope="module")
-def folder(detector, texture, tmp_path_factory):
+def folder(request, texture, tmp_path_factory):
     """A model, and six images of which every other is good."""
+    pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("cluster")
-    save_detector(folder / "m.model", detector)
+    save_detector(folder / "m.model", request.getfixturevalue("detector"))
     (folder / "in").mkdir()
     for i in range(6):
         image = texture.test[i // 2].image if i % 2 else texture.train[i // 2]
@@ -41,14 +42,12 @@ def assert_same(folder, out, alone):
 
 
 def test_two_workers_give_what_one_process_gives(folder, alone):
-    pytest.importorskip("ray")
     out = folder / "ray"
     assert main(["refine", str(folder / "m.model"), str(folder / "in"), "--out", str(out), "--ray", "2"]) == 0
     assert_same(folder, out, alone)
 
 
 def test_what_a_dead_worker_was_at_is_done_again(folder, alone):
-    pytest.importorskip("ray")
     out, marker = folder / "dead", folder / "died"
     # a worker that meets the marker's absence leaves it and dies, as one without power would
     script = f"""
@@ -72,13 +71,13 @@ sys.exit(cli.main(["refine", {str(folder / "m.model")!r}, {str(folder / "in")!r}
     assert_same(folder, out, alone)
 
 
-def test_there_is_at_least_one_worker(folder):
+def test_there_is_at_least_one_worker(tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(OptionError, match="0 workers"):
-        ray_workers(folder / "m.model", None, folder, num_workers=0)
+        ray_workers(tmp_path / "m.model", None, tmp_path, num_workers=0)
 
 
-def test_without_ray_it_says_what_to_install(folder, monkeypatch):
+def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OptionError, match=r"f2pad-jax\[ray\]"):
-        ray_workers(folder / "m.model", None, folder, num_workers=2)
+        ray_workers(tmp_path / "m.model", None, tmp_path, num_workers=2)

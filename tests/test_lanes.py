@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import MeanColour, calibration
 
 from f2pad_jax import ImageError, OptionError, Outcome, Settings, refine, refine_many
 from f2pad_jax import lanes as lanes_module
@@ -107,6 +109,61 @@ def test_a_batch_is_no_image_of_a_stream(detector, images):
 def test_there_is_at_least_one_lane(detector, images, call):
     with pytest.raises(OptionError, match="lanes=0"):
         call(detector, images, lanes=0)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """A detector of mean colours, of which programs are small, and twelve images with a bright block."""
+    rng = np.random.default_rng(0)
+    images = np.full((12, 24, 24, 3), 0.45, np.float32) + rng.normal(0, 0.02, (12, 24, 24, 3)).astype(np.float32)
+    for k in range(12):
+        images[k, k : k + 6, 8:16] = 0.9
+    return MeanColour(jnp.zeros(3), calibration(0.25)), images
+
+
+def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
+    detector, images = blocks
+    real = lanes_module.lane_bytes
+    monkeypatch.setattr(lanes_module, "MOST_LANES", 4)
+    monkeypatch.setattr(lanes_module, "memory", lambda device: 2**40)
+    chosen, choose = [], lanes_module.compiled
+
+    def choosing(*arguments):
+        program, number = choose(*arguments)
+        chosen.append(number)
+        return program, number
+
+    monkeypatch.setattr(lanes_module, "compiled", choosing)
+    roomy = list(refine_many(detector, images))
+    sizes = []
+    monkeypatch.setattr(lanes_module, "lane_bytes", lambda program: sizes.append(real(program)) or sizes[-1])
+    monkeypatch.setattr(lanes_module, "memory", lambda device: 1)
+    tight = list(refine_many(detector, images))
+    assert not sizes  # the lanes themselves don't fit, so nothing is compiled to see what it needs
+    monkeypatch.setattr(lanes_module, "lane_bytes", lambda program: sizes.append(real(program)) or 2**41 // len(sizes))
+    monkeypatch.setattr(lanes_module, "memory", lambda device: 2**41)
+    half = list(refine_many(detector, images))
+    assert chosen == [4, 1, 2] and sizes[0] > sizes[1] > 0
+    for one, *others in zip(roomy, tight, half, strict=True):
+        assert one.mask.any() and all(iou(one.mask, other.mask) > 0.95 for other in others)
+
+
+def test_the_same_programs_serve_every_lane(blocks):
+    """Which lane a part is in is no constant of a program."""
+    traced = []
+
+    class Counted(MeanColour):
+        def raw_scores(self, image, where):
+            traced.append(image.shape)
+            return super().raw_scores(image, where)
+
+    detector, images = blocks
+    counts = []
+    for lanes in (1, 2, 5):
+        before = len(traced)
+        assert len(list(refine_many(Counted(detector.colour, detector.calibration), images, lanes=lanes))) == len(images)
+        counts.append(len(traced) - before)
+    assert counts[0] > counts[1] == counts[2] > 0
 
 
 TWO_DEVICES = """
