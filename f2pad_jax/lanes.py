@@ -116,10 +116,9 @@ class Bucket:
 
     def turn(self) -> list[Job]:
         """Fill the lanes, run until one is done, and see to it; returns the images that are complete."""
-        for i in range(max(len(self.parts), 1)):
-            if self.queue and (not self.parts or self.parts[i] is None):
-                part = self.queue.popleft()
-                self._enter(i, part, part.window.region, 0)
+        while self.queue and (not self.parts or None in self.parts):
+            part = self.queue.popleft()
+            self._enter(self.parts.index(None) if self.parts else 0, part, part.window.region, 0)
         busy = jnp.asarray([part is not None for part in self.parts])
         self.lanes, going = self.run((self.means.detector, self.means.settings, busy), self.lanes)
         complete = []

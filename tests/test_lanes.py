@@ -131,10 +131,17 @@ def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
     def choosing(*arguments):
         program, number = choose(*arguments)
         chosen.append(number)
-        return program, number
 
+        def counting(means, lanes):
+            busy.append(int(means[2].sum()))
+            return program(means, lanes)
+
+        return counting, number
+
+    busy = []
     monkeypatch.setattr(lanes_module, "compiled", choosing)
     roomy = list(refine_many(detector, images))
+    assert busy[0] == 4, "all lanes are filled before the first runs"
     sizes = []
     monkeypatch.setattr(lanes_module, "lane_bytes", lambda program: sizes.append(real(program)) or sizes[-1])
     monkeypatch.setattr(lanes_module, "memory", lambda device: 1)
