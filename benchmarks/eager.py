@@ -20,15 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cutpaste import cut_paste
+from cutpaste import cut_paste, fitted
 from safetensors.torch import load_file
 
 import f2pad_jax
 from f2pad_jax import Descent, Evidence, PaDiM, PatchCore, Settings
-from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose
-from f2pad_jax.units import HIGHEST, LOWEST, MEAN, STD
+from f2pad_jax.units import HIGHEST, LOWEST
 from f2pad_jax.window import Window, look
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -39,7 +38,7 @@ class ResNet18(torch.nn.Module):
 
     def __init__(self, path: str):
         super().__init__()
-        self.weights = load_file(path)
+        self.weights = {key: value.to(torch.get_default_device()) for key, value in load_file(path).items()}
 
     def norm(self, x, name):
         parts = (self.weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
@@ -63,7 +62,7 @@ class ResNet18(torch.nn.Module):
 
 
 def tensor(array) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))
+    return torch.from_numpy(np.array(array)).to(torch.get_default_device())
 
 
 class PatchCoreScores:
@@ -117,12 +116,11 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
     score, affected = SCORES[type(problem.detector)](problem.detector, problem.where), tensor(problem.affected[0]).flatten()
     prior, weights, scale = problem.detector.calibrated.prior, problem.weights, float(problem.detector.scale)
     means, whitening, epsilon = tensor(prior.means), tensor(prior.whitening), float(problem.penalty.epsilon)
-    mean, std, low, high = (tensor(a)[:, None, None] for a in (MEAN, STD, LOWEST, HIGHEST))
+    low, high = (tensor(a)[:, None, None] for a in (LOWEST, HIGHEST))
     alpha1, alpha2, beta = (float(w) for w in weights)
 
     def objective(n):
-        unit = (n * std + mean - mean) / std  # the backbone's own normalisation is ImageNet's as well
-        feature = (affected * score(network(unit[None]))).sum() / scale
+        feature = (affected * score(network(n[None]))).sum() / scale  # ImageNet's normalisation, which n already has
         d = n.permute(1, 2, 0)[region][:, None] - means
         closest = (torch.einsum("qij,pqj->pqi", whitening, d) ** 2).sum(-1).min(1).values.sum()
         variation = length(n[:, 1:] - n[:, :-1]).sum() + length(n[:, :, 1:] - n[:, :, :-1]).sum()
@@ -146,7 +144,7 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
         direction = (m / (1 - b1**k) + b2 * v / (1 - b2**k)) / (torch.sqrt(s / (1 - b3**k)) + 1e-8)
         gamma = 0.3 / (x - n).abs().clamp(min=1.0)
         n, before = torch.where(region, torch.clamp(n - gamma * direction, low, high), x), g
-    return n.permute(1, 2, 0).numpy()
+    return n.permute(1, 2, 0).cpu().numpy()
 
 
 @eqx.filter_jit
@@ -171,25 +169,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=["patchcore", "padim"], default=["patchcore", "padim"])
     parser.add_argument("--images", type=int, default=2, help="of each folder")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--models", type=Path, default=Path("build/eager"), help="where fitted detectors are kept")
+    parser.add_argument("--device", default="cpu", help="PyTorch's; JAX takes the fastest it finds")
     arguments = parser.parse_args()
     print(
         f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.machine()}; {arguments.steps} steps"
+        f"PyTorch on {arguments.device}, {torch.get_num_threads()} threads, {platform.machine()}; {arguments.steps} steps"
     )
+    torch.set_default_device(arguments.device)
     network = ResNet18(arguments.weights)
-    backbone = f2pad_jax.load_backbone("resnet18", layers=LAYERS, weights=arguments.weights)
     options = Settings(solver=Descent(tolerance=-1e9), max_steps=arguments.steps, restore_steps=0)
     settings = jax.tree.map(jnp.asarray, options)
     for method in arguments.methods:
         rows = []
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
-            detector = f2pad_jax.fit(DETECTORS[method], train, backbone)
+            path = arguments.models / f"{folder.name}-{method}-eager.model"
+            detector = fitted(path, method, train, ("resnet18", LAYERS, arguments.weights))
             _, inpaint = choose("exemplar", detector.calibrated.normals)
             for _ in range(2):  # the first run compiles
                 began = time.perf_counter()
                 images = (defect.image for defect in defects)
-                ours = list(f2pad_jax.refine_many(detector, images, settings=options, inpaint="exemplar"))
+                ours = list(f2pad_jax.refine_many(detector, images, settings=options, inpaint="exemplar", lanes=1))
                 took = (time.perf_counter() - began) / len(defects)
             for (image, truth), result in zip(defects, ours, strict=True):
                 window, problem, n0 = posed(detector, jnp.asarray(image), settings, inpaint)

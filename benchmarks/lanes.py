@@ -18,7 +18,7 @@ import numpy as np
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category
+from f2pad_jax.data.mvtec import open_category, spread
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.units import resized, to_unit
 
@@ -61,9 +61,8 @@ def main() -> None:
     for folder in arguments.folders:
         category = open_category(folder)
         detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(p) for p in category.train], backbone, size=size)
-        defective = [sample for sample in category.test if sample.mask]
-        chosen = np.linspace(0, len(defective) - 1, min(arguments.images, len(defective))).astype(int)
-        images = np.stack([np.asarray(resized(to_unit(read_image(defective[i].path)), size)) for i in chosen])
+        chosen = spread([sample for sample in category.test if sample.mask], arguments.images)
+        images = np.stack([np.asarray(resized(to_unit(read_image(sample.path)), size)) for sample in chosen])
         times: dict[str, float] = {}
         masks: dict[str, list] = {}
         for turn in range(arguments.turns + 1):

@@ -14,7 +14,7 @@ import numpy as np
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category
+from f2pad_jax.data.mvtec import open_category, spread
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.evaluation.peers import grabcut, guided_mask
 from f2pad_jax.units import resized, to_unit
@@ -24,10 +24,9 @@ def measure(folder: Path, backbone: f2pad_jax.Backbone, limit: int | None) -> No
     """One category."""
     category = open_category(folder)
     detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(path) for path in category.train], backbone)
-    defective = [sample for sample in category.test if sample.mask]
+    defective = spread([sample for sample in category.test if sample.mask], limit or None)  # over the kinds of defect
     good = [sample for sample in category.test if not sample.mask]
-    if limit:  # spread over the kinds of defect
-        defective = [defective[i] for i in np.linspace(0, len(defective) - 1, min(limit, len(defective))).astype(int)]
+    if limit:
         good = good[:limit]
     rows, empty, began = [], [], time.perf_counter()
     for sample in [*defective, *good]:

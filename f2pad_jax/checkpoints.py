@@ -128,9 +128,7 @@ def is_safetensors(path: Path) -> bool:
 def install(name: str, path: Path, convert: Convert) -> Path:
     """Convert a weight file into the cache, with the source's and the result's checksums; returns the file written."""
     tensors = convert_file(path, name, convert)
-    with path.open("rb") as file:
-        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata = {"network": name, "source_sha256": source_sha256, "content_sha256": content_checksum(tensors)}
+    metadata = {"network": name, "source_sha256": file_sha256(path), "content_sha256": content_checksum(tensors)}
     try:
         write_safetensors(cached_file(name), tensors, metadata)
     except OSError as error:
@@ -171,14 +169,19 @@ def package_file(source: Mapping[str, str]) -> Path | None:
     return path
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_file(path: Path, sha256: str, remedy: str = "install it again") -> None:
     """Refuse a file whose SHA-256 does not begin with ``sha256``, and say what to do.
 
     Raises:
         CheckpointError: it is another file, or a damaged one.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if not found.startswith(sha256):
         raise CheckpointError(f"{path}: damaged or tampered with (sha256 {found[:12]}…, expected {sha256[:12]}…); {remedy}")
 

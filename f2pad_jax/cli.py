@@ -1,4 +1,4 @@
-"""The command ``f2pad``: demo, fit, tune, import, refine, make-dataset, evaluate, weights."""
+"""The command ``f2pad``: demo, fit, tune, import, refine, make-dataset, evaluate, bench, weights."""
 
 import argparse
 import contextlib
@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="the paper's tables on a data set in MVTec layout; a run that was stopped goes on"
     )
-    evaluate.add_argument("root", type=Path, metavar="ROOT", help="data set in MVTec layout")
+    evaluate.add_argument(
+        "root", type=Path, metavar="ROOT", help="data set in MVTec layout, or 'textures': the demo's photographs"
+    )
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tables, pictures and all else")
     evaluate.add_argument("--categories", nargs="+", metavar="NAME", help="(default: all)")
     evaluate.add_argument("--methods", nargs="+", choices=list(DETECTORS), default=["patchcore"], help="(patchcore)")
@@ -141,7 +143,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
     evaluate.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
     evaluate.add_argument("--tune", action="store_true", help="tune every detector, as 'f2pad fit --tune' does")
+    evaluate.add_argument(
+        "--curves", type=int, default=0, metavar="N", help="of N images of each case, draw the objective in the report (0)"
+    )
     evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser("bench", help="images a second on this machine, and where the time goes (some minutes)")
+    bench.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("textures"),
+        metavar="FOLDER",
+        help="category in MVTec layout; its real defects are refined (default: the demo's brick)",
+    )
+    bench.add_argument("--methods", nargs="+", choices=list(DETECTORS), default=["patchcore"], help="(patchcore)")
+    bench.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
+    bench.add_argument("--layers", nargs="+", metavar="LAYER", help="its layers (default: as the method takes them)")
+    bench.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
+    bench.add_argument("--batches", nargs="+", type=int, default=[1, 4], metavar="N", help="numbers of images (1 4)")
+    bench.add_argument("--lanes", type=int, help="solved side by side (default: as 'f2pad refine')")
+    bench.add_argument("--parts", nargs="+", metavar="PART", help="images peaks network step stages precision (all)")
+    bench.set_defaults(run=_bench)
 
     weights = commands.add_parser("weights", help="list, fetch, convert and verify the networks' weights")
     actions = weights.add_subparsers(required=True, metavar="ACTION")
@@ -289,6 +312,10 @@ def _refine(arguments: argparse.Namespace) -> None:
     from f2pad_jax.files import refine_files, worker
     from f2pad_jax.models import load_detector
 
+    if arguments.ray is not None:  # the accelerators are the workers'; here the model is only looked at
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     stems = _stems([relative for _, relative in found])
@@ -356,6 +383,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             ablations=arguments.ablations,
             images=arguments.images,
             tune=arguments.tune,
+            curves=arguments.curves,
             size=(arguments.size, arguments.size),
             seed=arguments.seed,
             progress=progress,
@@ -364,6 +392,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(tables.read_text())
     report = write_report(arguments.out)
     print(f"{report} shows every image; tables.md, timing.md, results.json, results.csv and pictures/ lie beside it")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from f2pad_jax.evaluation.bench import PARTS, bench
+
+    if min(arguments.batches) < 1 or (arguments.lanes or 1) < 1:
+        raise OptionError("--batches and --lanes take numbers of at least 1")
+    _use_compilation_cache()
+    with _progress() as progress:
+        bench(
+            arguments.folder,
+            methods=arguments.methods,
+            backbone=arguments.backbone,
+            layers=arguments.layers,
+            weights=arguments.weights,
+            batches=arguments.batches,
+            lanes=arguments.lanes,
+            parts=arguments.parts or PARTS,
+            progress=progress,
+            say=lambda line: print(line, flush=True),
+        )
 
 
 def _weights_list(arguments: argparse.Namespace) -> None:

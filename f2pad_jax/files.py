@@ -1,6 +1,5 @@
 """Images in files, refined to files: what ``f2pad refine`` writes. A run that was stopped goes on where it was."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 
 import f2pad_jax
-from f2pad_jax.checkpoints import write_atomically
+from f2pad_jax.checkpoints import file_sha256, write_atomically
 from f2pad_jax.data.images import read_image, write_png
-from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.detectors.base import AbstractDetector, Progress
 from f2pad_jax.evaluation.pictures import overlay
 from f2pad_jax.refine import refine_many
 from f2pad_jax.solvers import Outcome
@@ -24,7 +23,9 @@ Work = Callable[[Sequence[Task]], Iterator[dict[str, Any]]]
 """Refines images, writes their files, and gives a record of each, in any order."""
 
 
-def refine_files(model: Path, tasks: Sequence[Task], out: Path, work: Work, recipe: dict, progress) -> dict[str, Any]:
+def refine_files(
+    model: Path, tasks: Sequence[Task], out: Path, work: Work, recipe: dict, progress: Progress
+) -> dict[str, Any]:
     """Do what is not done yet; returns, and writes to ``results.json``, records of all in the order of ``tasks``.
 
     Args:
@@ -36,9 +37,7 @@ def refine_files(model: Path, tasks: Sequence[Task], out: Path, work: Work, reci
         progress: called as (stage, done, total).
     """
     began, partial = time.perf_counter(), out / "results.partial"
-    with model.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    recipe = {"version": f2pad_jax.__version__, "model": str(model), "sha256": digest, **recipe}
+    recipe = {"version": f2pad_jax.__version__, "model": str(model), "sha256": file_sha256(model), **recipe}
     done = _kept(partial, recipe)
     waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != _state(task[0])]
     progress("refining", len(tasks) - len(waiting), len(tasks))
@@ -99,7 +98,7 @@ def written(path: Path, name: str, result: Refined, out: Path) -> dict[str, Any]
     files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}
     write_png(out / files["mask"], np.asarray(result.mask))
     write_png(out / files["normal"], np.asarray(result.normal))
-    write_png(out / files["overlay"], overlay(read_image(path), np.asarray(result.mask)))
+    write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), np.asarray(result.mask)))
     return {
         "image": str(path),
         "file": _state(path),

@@ -4,6 +4,9 @@
 windows alike share a bucket of lanes. A bucket runs on the device until one of its lanes is done. That one goes on to its
 next phase, or takes the next part from the queue; the others go on where they were. Nothing in a lane depends on its
 neighbours.
+
+On an accelerator a call costs about as much for eight parts as for one. So there lanes are filled, and masks drawn, in
+groups, and a bucket runs until a group of lanes is done.
 """
 
 import collections
@@ -13,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,12 +34,14 @@ from f2pad_jax.objective import Problem
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers.loop import Iterate, advance, begin, finish
 from f2pad_jax.units import to_unit
-from f2pad_jax.window import Coarse, Found, Refined, Solved, Window, compose, look, merged, phases, untouched
+from f2pad_jax.window import Coarse, Refined, Solved, Window, compose, look, merged, phases, untouched
 
 MOST_LANES = 64
 """Lanes of a bucket at most, where their number isn't given; fewer where the device's memory is small."""
 SHARE = 0.8
 """Of the device's memory a bucket may need."""
+GROUP = 8
+"""Parts begun, and masks drawn, at a time on an accelerator; one on a CPU."""
 AHEAD = 4
 """Images taken in for every lane, so that buckets fill up while results wait for those before them."""
 DONE = -1
@@ -58,13 +63,25 @@ class Lane(eqx.Module):
         """Whether there is a step left to take."""
         return self.iterate.going(self.max_steps)
 
+    def posed(self, detector: AbstractDetector) -> Problem:
+        """The problem with its detector."""
+        return eqx.tree_at(lambda p: p.detector, self.problem, detector, is_leaf=lambda leaf: leaf is None)
+
     def advanced(self, detector: AbstractDetector, settings: Settings) -> "Lane":
         """Some steps further, unless it is done."""
-        problem = eqx.tree_at(lambda p: p.detector, self.problem, detector, is_leaf=lambda leaf: leaf is None)
         solver = eqx.tree_at(lambda s: s.learning_rate, settings.solver, self.learning_rate)
-        further = advance(solver, problem, self.iterate, settings.steps_per_check)
+        further = advance(solver, self.posed(detector), self.iterate, settings.steps_per_check)
         kept = jax.tree.map(lambda a, b: jnp.where(self.going, a, b), further, self.iterate)
         return dataclasses.replace(self, iterate=kept)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is a bucket of one, which has no axis of lanes: that runs faster on a CPU."""
+        return self.n0.ndim == 3
+
+    def picked(self, places: Int[Array, "*g"]) -> "Lane":
+        """One of a bucket, or some."""
+        return self if self.alone else jax.tree.map(lambda leaf: leaf[places], self)
 
 
 @dataclasses.dataclass
@@ -73,8 +90,8 @@ class Part:
 
     job: "Job"
     window: Window
-    found: Found | None = None
-    """Once its first phase, which finds the mask, is over."""
+    found: Solved | None = None
+    """Once its first phase, which finds the mask, is over; n is then still that phase's."""
 
 
 @dataclasses.dataclass
@@ -89,6 +106,16 @@ class Job:
     """Parts not solved yet."""
 
 
+class Start(NamedTuple):
+    """A part at the start of a phase."""
+
+    place: int
+    """Its lane."""
+    window: Window
+    region: Bool[Array, "_h _w"]
+    phase: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Means:
     """What all parts are solved with, on one device."""
@@ -97,6 +124,8 @@ class Means:
     settings: Settings
     inpaint: Inpainter
     num_lanes: int | None
+    most: int
+    """Lanes where their number isn't given, and memory allows."""
 
 
 class Bucket:
@@ -106,8 +135,10 @@ class Bucket:
         self.means = means
         self.queue: collections.deque[Part] = collections.deque()
         self.parts: list[Part | None] = []
+        self.starts: list[Start] = []
         self.lanes: Any = None
         self.run: Any = None
+        self.group = 1
 
     @property
     def load(self) -> int:
@@ -115,71 +146,118 @@ class Bucket:
         return len(self.queue) + sum(part is not None for part in self.parts)
 
     def turn(self) -> list[Job]:
-        """Fill the lanes, run until one is done, and see to it; returns the images that are complete."""
-        while self.queue and (not self.parts or None in self.parts):
-            part = self.queue.popleft()
-            self._enter(self.parts.index(None) if self.parts else 0, part, part.window.region, 0)
-        busy = jnp.asarray([part is not None for part in self.parts])
-        self.lanes, going = self.run((self.means.detector, self.means.settings, busy), self.lanes)
-        complete = []
-        for i, (part, on) in enumerate(zip(self.parts, np.atleast_1d(np.asarray(going)), strict=True)):
-            if part is None or on:
-                continue
-            s = self.means.settings
-            if part.found is None:
-                part.found = decide((self.means.detector, part.window, s, jnp.asarray(i)), self.lanes)
-                self._enter(i, part, part.found.mask, 1)
-                continue
-            n = self.lanes.iterate.state.n
-            part.job.solved = settle(part.job.solved, part.window, part.found, n if len(self.parts) == 1 else n[i])
-            part.job.waiting -= 1
-            self.parts[i] = None
-            if not part.job.waiting:
-                complete.append(part.job)
+        """Fill the lanes, run until a group of them is done, and see to those; returns the images that are complete."""
+        m = self.means
+        if not self.parts:
+            self._open(self.queue[0].window)
+        for place, part in enumerate(self.parts):
+            if part is None and self.queue:
+                part = self.parts[place] = self.queue.popleft()
+                self.starts.append(Start(place, part.window, part.window.region, 0))
+        for some in self._groups(self.starts):
+            places, windows, parts, phase = zip(*some, strict=True)
+            begun = enter(m.detector, windows, parts, jnp.asarray(phase), m.settings, m.inpaint, alone=len(self.parts) == 1)
+            self.lanes = begun if len(self.parts) == 1 else put((begun, jnp.asarray(places)), self.lanes)
+        busy = np.array([part is not None for part in self.parts])
+        enough = min(self.group, int(busy.sum()))
+        self.lanes, going = self.run((m.detector, m.settings, jnp.asarray(busy), jnp.asarray(enough)), self.lanes)
+        on = np.atleast_1d(np.asarray(going))
+        done = [(i, part) for i, part in enumerate(self.parts) if part is not None and not on[i]]
+        complete, self.starts = [], []
+        for i, part in done:
+            if part.found is not None:
+                part.job.solved = settle((part.job.solved, part.window, part.found, jnp.asarray(i)), self.lanes)
+                part.job.waiting -= 1
+                self.parts[i] = None
+                if not part.job.waiting:
+                    complete.append(part.job)
+        for some in self._groups([(i, part) for i, part in done if part.found is None]):
+            places, parts = zip(*some, strict=True)
+            masks = decide((m.detector, tuple(p.window for p in parts), m.settings, jnp.asarray(places)), self.lanes)
+            for place, part, found in zip(places, parts, masks, strict=True):
+                if part.found is None:  # not one that fills the group up
+                    part.found = found
+                    self.starts.append(Start(place, part.window, found.mask, 1))
         return complete
 
-    def _enter(self, i: int, part: Part, region: Bool[Array, "h w"], phase: int) -> None:
-        """A part at the start of a phase into lane ``i``."""
+    def _open(self, window: Window) -> None:
+        """Make the lanes, for windows like this one; there is nothing in them."""
         m = self.means
-        lane = enter(m.detector, part.window, region, m.settings, m.inpaint, jnp.asarray(phase))
-        if not self.parts:
-            (device,) = lane.n0.devices()
-            self.run, count = compiled(m, lane, memory(device))
-            self.parts = [None] * count
-            self.lanes = repeated(lane, count)
-        self.parts[i] = part
-        self.lanes = lane if len(self.parts) == 1 else put((lane, jnp.asarray(i)), self.lanes)
+        first = (m.detector, (window,), (window.region,), jnp.zeros(1, int), m.settings, m.inpaint)
+        shapes = eqx.filter_eval_shape(enter, *first, alone=True)
+        lane = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (device,) = lane.n0.devices()
+        self.run, count = compiled(m, lane, memory(device))
+        self.group = min(group(device), count)
+        self.parts = [None] * count
+        self.lanes = lane if count == 1 else repeated(lane, count)
+
+    def _groups(self, items: list) -> list[list]:
+        """Groups of one size, so that one program serves; the last is filled up with its first."""
+        groups = [items[i : i + self.group] for i in range(0, len(items), self.group)]
+        return [group + [group[0]] * (self.group - len(group)) for group in groups]
+
+
+def each(function: Callable, alone: bool) -> Callable:
+    """The function for every lane, which a bucket of one has no axis of."""
+    return function if alone else jax.vmap(function)
+
+
+def stacked(trees: Sequence[Any], alone: bool) -> Any:
+    """Several of a kind as one with a leading axis; one alone as it is."""
+    return trees[0] if alone else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @eqx.filter_jit
-def enter(detector, window: Window, region, settings: Settings, inpaint, phase) -> Lane:
-    """Lines 1-3 of Algorithm 1 for a part of an image."""
-    sparse, learning_rate, max_steps = (values[phase] for values in phases(settings))
-    problem, n0 = window.pose(detector, region, settings, inpaint, sparse)
-    solver = eqx.tree_at(lambda s: s.learning_rate, settings.solver, learning_rate)
-    shared = eqx.tree_at(lambda p: p.detector, problem, None)
-    return Lane(shared, n0, begin(solver, problem, n0), learning_rate, max_steps)
+def enter(
+    detector: AbstractDetector,
+    windows: Sequence[Window],
+    parts: Sequence[Bool[Array, "_h _w"]],
+    phase: Int[Array, " g"],
+    settings: Settings,
+    inpaint: Inpainter,
+    *,
+    alone: bool,
+) -> Lane:
+    """Lines 1-3 of Algorithm 1 for parts of images."""
+
+    def one(window: Window, region: Array, phase: Array) -> Lane:
+        sparse, learning_rate, max_steps = (values[phase] for values in phases(settings))
+        problem, n0 = window.pose(detector, region, settings, inpaint, sparse)
+        solver = eqx.tree_at(lambda s: s.learning_rate, settings.solver, learning_rate)
+        shared = eqx.tree_at(lambda p: p.detector, problem, None)
+        return Lane(shared, n0, begin(solver, problem, n0), learning_rate, max_steps)
+
+    return each(one, alone)(stacked(windows, alone), stacked(parts, alone), phase[0] if alone else phase)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def put(what: tuple[Lane, Int[Array, ""]], lanes: Lane) -> Lane:
-    """A lane into its place."""
-    lane, i = what
-    return jax.tree.map(lambda all, one: all.at[i].set(one), lanes, lane)
+def put(what: tuple[Lane, Int[Array, " g"]], lanes: Lane) -> Lane:
+    """Lanes into their places."""
+    some, places = what
+    return jax.tree.map(lambda all, new: all.at[places].set(new), lanes, some)
 
 
-def run(means: tuple[AbstractDetector, Settings, Bool[Array, " l"]], lanes: Lane) -> tuple[Lane, Bool[Array, "*l"]]:
-    """Lines 4-8 until one of the busy lanes is done; which go on. One lane has no axis: that runs faster on a CPU."""
-    detector, settings, busy = means
-    if len(busy) == 1:
-        end = jax.lax.while_loop(lambda lane: lane.going, lambda lane: lane.advanced(detector, settings), lanes)
-        return end, end.going
-    every = jax.vmap(lambda lane: lane.advanced(detector, settings))
-    end = jax.lax.while_loop(lambda lanes: jnp.all(jax.vmap(lambda lane: lane.going)(lanes) | ~busy), every, lanes)
-    return end, jax.vmap(lambda lane: lane.going)(end)
+def run(
+    means: tuple[AbstractDetector, Settings, Bool[Array, " l"], Int[Array, ""]], lanes: Lane
+) -> tuple[Lane, Bool[Array, "*l"]]:
+    """Lines 4-8 until enough of the busy lanes are done; which go on."""
+    detector, settings, busy, enough = means
+    going = each(lambda lane: lane.going, lanes.alone)
+
+    def unfinished(lanes: Lane) -> Bool[Array, ""]:
+        return jnp.sum(busy & ~going(lanes)) < enough
+
+    end = jax.lax.while_loop(unfinished, each(lambda lane: lane.advanced(detector, settings), lanes.alone), lanes)
+    return end, going(end)
 
 
 _run = eqx.filter_jit(run, donate="all-except-first")
+
+
+def group(device: Any) -> int:
+    """Parts seen to at a time."""
+    return 1 if device.platform == "cpu" else GROUP
 
 
 def memory(device: Any) -> int | None:
@@ -190,11 +268,12 @@ def memory(device: Any) -> int | None:
 def compiled(means: Means, lane: Lane, limit: int | None) -> tuple[Callable, int]:
     """:func:`run` and the number of lanes: that asked for, or as many as there is room for; one at least."""
     if means.num_lanes or limit is None:
-        return _run, means.num_lanes or MOST_LANES
-    count, bytes_each = MOST_LANES, sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
+        return _run, means.num_lanes or means.most
+    count, bytes_each = means.most, sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
     while limit and count > 1:
         if count * bytes_each <= SHARE * limit:
-            program = _run.lower((means.detector, means.settings, jnp.ones(count, bool)), repeated(lane, count)).compile()
+            busy = jnp.ones(count, bool), jnp.asarray(1)
+            program = _run.lower((means.detector, means.settings, *busy), repeated(lane, count)).compile()
             if lane_bytes(program) <= SHARE * limit:
                 return program, count
         count //= 2
@@ -213,20 +292,25 @@ def lane_bytes(program) -> int:
 
 
 @eqx.filter_jit
-def decide(means: tuple[AbstractDetector, Window, Settings, Int[Array, ""]], lanes: Lane) -> Found:
-    """Line 9: the mask of a lane that is done."""
-    detector, window, settings, i = means
-    lane = lanes if lanes.n0.ndim == 3 else jax.tree.map(lambda a: a[i], lanes)
-    problem = eqx.tree_at(lambda p: p.detector, lane.problem, detector, is_leaf=lambda leaf: leaf is None)
-    solution = finish(problem, lane.iterate)
-    mask = settings.decision(settings.solver, Evidence(problem, lane.n0, solution.n, window.excess, window.threshold))
-    return Found(mask, solution.steps, solution.objective, solution.outcome)
+def decide(means: tuple[AbstractDetector, Sequence[Window], Settings, Int[Array, " g"]], lanes: Lane) -> list[Solved]:
+    """Line 9: the masks of lanes that are done."""
+    detector, windows, settings, places = means
+
+    def one(lane: Lane, window: Window) -> Solved:
+        problem = lane.posed(detector)
+        n, steps, objective, outcome, _ = finish(problem, lane.iterate)
+        mask = settings.decision(settings.solver, Evidence(problem, lane.n0, n, window.excess, window.threshold))
+        return Solved(mask, n, steps, objective, outcome)
+
+    solved = each(one, lanes.alone)(lanes.picked(places), stacked(windows, lanes.alone))
+    return [solved if lanes.alone else jax.tree.map(lambda leaf, k=k: leaf[k], solved) for k in range(len(windows))]
 
 
-@jax.jit
-def settle(solved: Solved, window: Window, found: Found, n: Float[Array, "_h _w 3"]) -> Solved:
-    """An image with one more part solved for."""
-    return merged(solved, window.solved(found, n))
+@eqx.filter_jit
+def settle(what: tuple[Solved, Window, Solved, Int[Array, ""]], lanes: Lane) -> Solved:
+    """An image with one more part, whose n has been estimated again in lane ``i``."""
+    image, window, found, i = what
+    return merged(image, window.pasted(dataclasses.replace(found, n=lanes.picked(i).iterate.state.n)))
 
 
 _frame = eqx.filter_jit(Window.around)
@@ -254,7 +338,9 @@ class Lanes:
         region = np.asarray(coarse.region)
         if not region.any() or region.all():
             return [job]
-        for part, size in regions.divided(region, m.settings.margin, m.detector.stride, regions.WINDOWS):
+        (device,) = coarse.x.devices()
+        sides = regions.WINDOWS if device.platform == "cpu" else ()  # whole images fill an accelerator's lanes best
+        for part, size in regions.divided(region, m.settings.margin, m.detector.stride, sides):
             window = _frame(m.detector, image, coarse, jnp.asarray(part), size)
             self.buckets.setdefault((size, image.shape), Bucket(m)).queue.append(Part(job, window))
             job.waiting += 1
@@ -272,14 +358,17 @@ def stream(
     inpaint: Inpainter,
     num_lanes: int | None,
     devices: Sequence[Any] = (),
+    most: int | None = None,
 ) -> Iterator[Refined]:
     """Results as NumPy arrays, in the order of ``source``; one thread serves each device (none given: the default one).
 
-    At most :data:`AHEAD` images a lane are taken in before the first of them is handed out.
+    At most :data:`AHEAD` images a lane are taken in before the first of them is handed out. Where their number isn't given,
+    there are ``most`` lanes at most (default: :data:`MOST_LANES`).
     """
+    most = most or MOST_LANES
     servers: list[Any] = list(devices) or [jax.config.values["jax_default_device"]]
     cpu = (devices[0].platform if devices else jax.default_backend()) == "cpu"
-    room = threading.Semaphore(AHEAD * (num_lanes or (1 if cpu else MOST_LANES)) * len(servers))
+    room = threading.Semaphore(AHEAD * (num_lanes or (1 if cpu else most)) * len(servers))
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     lock, stopped = threading.Lock(), threading.Event()
 
@@ -290,7 +379,7 @@ def stream(
     def serve(device: Any) -> None:
         try:
             with jax.default_device(device):
-                lanes = Lanes(Means(*_on(device, (detector, settings, inpaint)), num_lanes=num_lanes))
+                lanes = Lanes(Means(*_on(device, (detector, settings, inpaint)), num_lanes=num_lanes, most=most))
                 more = True
                 while not stopped.is_set():
                     while more and room.acquire(blocking=not lanes.load) and not stopped.is_set():

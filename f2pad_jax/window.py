@@ -60,19 +60,10 @@ class Coarse(eqx.Module):
 
 
 class Solved(eqx.Module):
-    """What the solver makes of it, at the image's own size."""
+    """What the solver makes of an image, at its own size, or of a part of one, at its window's."""
 
     mask: Bool[Array, "h w"]
     n: Float[Array, "h w 3"]
-    steps: Int[Array, ""]
-    objective: Float[Array, ""]
-    outcome: Int[Array, ""]
-
-
-class Found(NamedTuple):
-    """The mask of a part, and how it was found."""
-
-    mask: Bool[Array, "h w"]
     steps: Int[Array, ""]
     objective: Float[Array, ""]
     outcome: Int[Array, ""]
@@ -165,11 +156,11 @@ class Window(eqx.Module):
         )
         return problem.with_beta(sparse * beta), n0
 
-    def solved(self, found: "Found", n: Float[Array, "_h _w 3"]) -> Solved:
-        """This part alone, in the image."""
-        mask = self.own.paste(found.mask, jnp.zeros(_size(self.image), bool))
-        n = self.own.paste(jnp.where(found.mask[..., None], n, self.own.crop(self.image)), self.image)
-        return Solved(mask, n, found.steps, found.objective, found.outcome)
+    def pasted(self, part: Solved) -> Solved:
+        """What was made of this part, in the image; n is the image outside the part's mask."""
+        n = jnp.where(part.mask[..., None], part.n, self.own.crop(self.image))
+        mask = self.own.paste(part.mask, jnp.zeros(_size(self.image), bool))
+        return Solved(mask, self.own.paste(n, self.image), part.steps, part.objective, part.outcome)
 
 
 def solve_window(
@@ -199,7 +190,7 @@ def solve_window(
 
     _, (masks, solutions) = jax.lax.scan(decompose, w.region, phases(s))  # one loop: the solver is compiled once
     first = jax.tree.map(lambda leaf: leaf[0], solutions)
-    return w.solved(Found(masks[0], first.steps, first.objective, first.outcome), solutions.n[1])
+    return w.pasted(Solved(masks[0], solutions.n[1], first.steps, first.objective, first.outcome))
 
 
 @jax.jit

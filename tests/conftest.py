@@ -93,3 +93,12 @@ class MeanColour(AbstractDetector):
         h, w, _ = image.shape
         blocks = image.reshape(h // 4, 4, w // 4, 4, 3).mean(axis=(1, 3))
         return (jnp.sum((blocks - self.colour) ** 2, axis=-1),)
+
+
+def bright_blocks():
+    """Twelve images that :class:`MeanColour` finds a bright block in."""
+    rng = np.random.default_rng(0)
+    images = np.full((12, 24, 24, 3), 0.45, np.float32) + rng.normal(0, 0.02, (12, 24, 24, 3)).astype(np.float32)
+    for k in range(12):
+        images[k, k : k + 6, 8:16] = 0.9
+    return images

@@ -12,7 +12,8 @@ import skimage
 from f2pad_jax import ImageError
 from f2pad_jax.data.cutpaste import FAR, irregular_shape, paste_flat, paste_noise, paste_stain, paste_tint
 from f2pad_jax.data.images import SUFFIXES, check_images, list_images, read_image, write_png
-from f2pad_jax.data.textures import NAMES, load_texture
+from f2pad_jax.data.mvtec import open_categories
+from f2pad_jax.data.textures import NAMES, load_texture, write_textures
 from f2pad_jax.units import HIGHEST, LOWEST, STD, denormalise, normalise, resized, to_unit
 
 H, W = 24, 32
@@ -593,3 +594,14 @@ def test_resizing_keeps_an_image_of_the_right_size_and_the_range_of_others(rgb):
         found = np.asarray(resized(unit, size))
         assert found.shape == (*size, 3) and found.min() >= 0 and found.max() <= 1
         np.testing.assert_allclose(found.mean((0, 1)), np.mean(unit, (0, 1)), atol=0.02)
+
+
+def test_textures_are_a_data_set(tmp_path):
+    root = write_textures(tmp_path / "textures", num_train=3, num_test=2)
+    categories = open_categories(root)
+    assert [category.name for category in categories] == ["brick", "grass", "gravel"]
+    for category in categories:
+        assert len(category.train) == 3
+        for sample, test in zip(category.test, load_texture(category.name, num_train=3, num_test=2).test, strict=True):
+            np.testing.assert_array_equal(read_image(sample.path), test.image)
+            np.testing.assert_array_equal(sample.truth((224, 224)), test.mask)

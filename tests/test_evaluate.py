@@ -1,3 +1,4 @@
+import bisect
 import html
 import json
 import re
@@ -16,7 +17,7 @@ from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.base import silent
 from f2pad_jax.evaluation import metrics
 from f2pad_jax.evaluation.evaluate import FULL, Case, _generated, _training, evaluate, load_images, summarise
-from f2pad_jax.evaluation.tables import write_tables
+from f2pad_jax.evaluation.tables import GROUPS, write_tables
 
 SIZE = 96
 COLUMNS = "category method backbone protocol setting variant images iou dice coarse_iou coarse_dice steps seconds_per_image"
@@ -40,7 +41,20 @@ def root(tmp_path_factory):
 def out(root, tmp_path_factory):
     """It evaluated as it is, by the command."""
     folder = tmp_path_factory.mktemp("out")
-    command = ["evaluate", root, "--out", folder, "--protocol", "real", "--size", SIZE, "--ablations", "initialisation"]
+    command = [
+        "evaluate",
+        root,
+        "--out",
+        folder,
+        "--protocol",
+        "real",
+        "--size",
+        SIZE,
+        "--ablations",
+        "initialisation",
+        "--curves",
+        1,
+    ]
     assert main(list(map(str, command))) == 0
     return folder
 
@@ -110,6 +124,8 @@ try {
   report.masks = pairs()[0].querySelectorAll(".right .mask").length;
   report.label = pairs()[0].getAttribute("aria-label");
   report.tables = document.querySelectorAll("table").length;
+  report.curves = document.querySelectorAll("#charts polyline").length;
+  report.bars = document.querySelectorAll("body > svg rect").length;
 } catch (error) { report.error = String(error); }
 Promise.all([...document.images].map(i => i.decode())).then(() => report.decoded = document.images.length,
   error => report.error = String(error)).then(() => document.title = JSON.stringify(report));
@@ -133,6 +149,8 @@ def test_the_report_works_in_a_browser_offline(out, tmp_path):
     assert "error" not in report, report
     assert report["pairs"] == 3 and report["decoded"] >= 9 and report["tables"] >= 4
     assert (report["start"], report["key"], report["pointer"]) == ("50%", "55%", "25%")
+    groups = {bisect.bisect_left(GROUPS, i.truth.mean()) for i in load_images(next((out / "runs").iterdir())) if not i.good}
+    assert report["curves"] == 5 and report["bars"] == 2 * len(groups)  # Eq. (12) and its four terms; m0 and refined
     assert report["masks"] == 0 and report["label"].endswith("coarse mask against restored")
 
 
@@ -142,12 +160,13 @@ def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, 
     run = tmp_path / "part" / "runs" / "real-normal-brick-patchcore-efficientnet-lite0"
     (run / "images" / "patch" / "001.npz").unlink()
     kept = run / "images" / "patch" / "000.npz"
-    model = (run / "detector.model").stat().st_mtime_ns, kept.stat().st_mtime_ns
+    (model,) = (tmp_path / "part" / "models").glob("*.model")
+    before = model.stat().st_mtime_ns, kept.stat().st_mtime_ns
     with pytest.raises(KeyboardInterrupt):
         evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), progress=interrupt)
     again = evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), ablations=["initialisation"])
     assert without_time(again) == without_time(whole)
-    assert model == ((run / "detector.model").stat().st_mtime_ns, kept.stat().st_mtime_ns)
+    assert before == (model.stat().st_mtime_ns, kept.stat().st_mtime_ns)
     write_tables(tmp_path / "part", again)
     assert (tmp_path / "part" / "tables.md").read_text() == (out / "tables.md").read_text()
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeanColour, calibration
+from conftest import MeanColour, bright_blocks, calibration
 
 from f2pad_jax import ImageError, OptionError, Outcome, Settings, refine, refine_many
 from f2pad_jax import lanes as lanes_module
@@ -114,11 +114,7 @@ def test_there_is_at_least_one_lane(detector, images, call):
 @pytest.fixture(scope="module")
 def blocks():
     """A detector of mean colours, of which programs are small, and twelve images with a bright block."""
-    rng = np.random.default_rng(0)
-    images = np.full((12, 24, 24, 3), 0.45, np.float32) + rng.normal(0, 0.02, (12, 24, 24, 3)).astype(np.float32)
-    for k in range(12):
-        images[k, k : k + 6, 8:16] = 0.9
-    return MeanColour(jnp.zeros(3), calibration(0.25)), images
+    return MeanColour(jnp.zeros(3), calibration(0.25)), bright_blocks()
 
 
 def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
@@ -155,6 +151,25 @@ def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
         assert one.mask.any() and all(iou(one.mask, other.mask) > 0.95 for other in others)
 
 
+def test_groups_are_begun_and_decided_together(blocks, monkeypatch):
+    """As on an accelerator: the masks are those of one part at a time, also where the last group is not full."""
+    detector, images = blocks
+    alone = list(refine_many(detector, images, lanes=5))
+    monkeypatch.setattr(lanes_module, "group", lambda device: 3)
+    calls, decide = [], lanes_module.decide
+
+    def deciding(means, lanes):
+        calls.append(sorted(set(means[3].tolist())))
+        return decide(means, lanes)
+
+    monkeypatch.setattr(lanes_module, "decide", deciding)
+    for one, other in zip(alone, refine_many(detector, images, lanes=5), strict=True):
+        assert one.mask.any()
+        np.testing.assert_array_equal(one.mask, other.mask)
+        np.testing.assert_allclose(one.normal, other.normal, atol=1e-4)
+    assert sum(map(len, calls)) == len(images) and max(map(len, calls)) == 3
+
+
 def test_the_same_programs_serve_every_lane(blocks):
     """Which lane a part is in is no constant of a program."""
     traced = []
@@ -166,24 +181,21 @@ def test_the_same_programs_serve_every_lane(blocks):
 
     detector, images = blocks
     counts = []
-    for lanes in (1, 2, 5):
+    for lanes in (1, 2, 5, 7):
         before = len(traced)
         assert len(list(refine_many(Counted(detector.colour, detector.calibration), images, lanes=lanes))) == len(images)
         counts.append(len(traced) - before)
-    assert counts[0] > counts[1] == counts[2] > 0
+    assert counts[0] >= counts[1] > counts[2] == counts[3] > 0  # several have an axis, which the first of them brings
 
 
 TWO_DEVICES = """
 import threading
 import jax, jax.numpy as jnp, numpy as np
-from conftest import MeanColour, calibration
+from conftest import MeanColour, bright_blocks, calibration
 from f2pad_jax import refine, refine_many
 from f2pad_jax.lanes import Lanes
 
-rng = np.random.default_rng(0)
-images = np.full((12, 24, 24, 3), 0.45, np.float32) + rng.normal(0, 0.02, (12, 24, 24, 3)).astype(np.float32)
-for k in range(12):
-    images[k, k : k + 6, 8:16] = 0.9
+images = bright_blocks()
 detector = MeanColour(jnp.zeros(3), calibration(0.25))
 alone = [jax.tree.map(np.asarray, refine(detector, image)) for image in images]
 assert all(result.mask.any() and result.steps > 0 for result in alone)

@@ -18,7 +18,10 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
 
 class Pointwise(nnx.Module):
-    """1x1 convolution, or a dense layer: a matrix product over channels. A stride takes every so-manieth pixel."""
+    """1x1 convolution, or a dense layer: a matrix product over channels. A stride takes every so-manieth pixel.
+
+    On a GPU one with a stride is a convolution to XLA as well: of the product of a strided slice, JAX 0.11's compiler dies.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1):
         self.stride = stride
@@ -27,6 +30,8 @@ class Pointwise(nnx.Module):
 
     def __call__(self, x: Float[Array, "*hw c_in"]) -> Float[Array, "*_hw2 c_out"]:
         """Channels mixed at each position."""
+        if self.stride > 1 and jax.default_backend() != "cpu":
+            return convolved(x, self.kernel[...][None, None], self.stride, [(0, 0), (0, 0)]) + self.bias[...]
         if self.stride > 1:
             x = x[:: self.stride, :: self.stride]
         return x @ self.kernel[...] + self.bias[...]
@@ -61,8 +66,7 @@ class Conv(nnx.Module):
         elif s > 1 and jax.default_backend() == "cpu":
             y = strided_product(jnp.pad(x, (*pads, (0, 0))), kernel, s)
         else:
-            dimensions = ("NHWC", "HWIO", "NHWC")
-            y = jax.lax.conv_general_dilated(x[None], kernel, (s, s), pads, dimension_numbers=dimensions)[0]
+            y = convolved(x, kernel, s, pads)
         return y + self.bias[...]
 
     def prepare(self) -> None:
@@ -74,6 +78,14 @@ class Conv(nnx.Module):
     def layout(kernel: np.ndarray) -> np.ndarray:
         """PyTorch's (out, in, k, k) to (k, k, in, out)."""
         return kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel
+
+
+def convolved(
+    x: Float[Array, "h w c_in"], kernel: Float[Array, "k k c_in c_out"], stride: int, pads: list[tuple[int, int]]
+) -> Float[Array, "h2 w2 c_out"]:
+    """XLA's own convolution."""
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x[None], kernel, (stride, stride), pads, dimension_numbers=dimensions)[0]
 
 
 def strided_product(

@@ -1,5 +1,6 @@
 """Folders in MVTec layout: ``CATEGORY/{train/good, test/KIND, ground_truth/KIND/STEM_mask.png}``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,3 +106,10 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Bool[np.
         raise ImageError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: no image that can be read ({error})") from None
+
+
+def spread(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """At most ``count`` of the samples, spread evenly, so over all kinds of defects; None: all."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    return [samples[i] for i in np.linspace(0, len(samples) - 1, count).astype(int)]

@@ -8,10 +8,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from f2pad_jax.data.cutpaste import Defective, irregular_shape, paste_flat
-from f2pad_jax.data.images import read_image
+from f2pad_jax.data.images import read_image, write_png
 from f2pad_jax.errors import ImageError
 
 NAMES = ("brick", "grass", "gravel")
+TEXTURES = "textures"
+"""What stands for these photographs where a data set is asked for."""
 
 
 class Texture(NamedTuple):
@@ -50,3 +52,20 @@ def load_texture(name: str, *, size: int = 224, num_train: int = 12, num_test: i
 
     train = crops(0, width // 2, num_train)
     return Texture(name, train, [defective(crop) for crop in crops(width // 2, width, num_test)])
+
+
+def write_textures(folder: str | Path, *, num_train: int = 40, num_test: int = 16, seed: int = 0) -> Path:
+    """All of :data:`NAMES` as a data set in MVTec layout; what is there is written again. Returns ``folder``.
+
+    Raises:
+        ImageError: scikit-image is not installed.
+    """
+    folder = Path(folder)
+    for name in NAMES:
+        texture = load_texture(name, num_train=num_train, num_test=num_test, seed=seed)
+        for k, crop in enumerate(texture.train):
+            write_png(folder / name / "train" / "good" / f"{k:03}.png", crop)
+        for k, test in enumerate(texture.test):
+            write_png(folder / name / "test" / "colour" / f"{k:03}.png", np.asarray(test.image))
+            write_png(folder / name / "ground_truth" / "colour" / f"{k:03}_mask.png", test.mask)
+    return folder

@@ -68,7 +68,7 @@ def _(primals, tangents):
 
 
 def _product(matrix: Array, vector: Array) -> Array:
-    return jnp.einsum("...ij,...j->...i", matrix, vector)
+    return jnp.einsum("...ij,...j->...i", matrix, vector, precision="highest")
 
 
 class LowRank(eqx.Module):

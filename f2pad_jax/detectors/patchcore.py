@@ -119,7 +119,7 @@ class PatchCore(AbstractDetector):
 
         def choose(block):
             feature, indices = block
-            products = jnp.einsum("pkc,pc->pk", self.memory_bank[indices], feature)
+            products = jnp.einsum("pkc,pc->pk", self.memory_bank[indices], feature, precision="highest")
             best = jnp.argmax(2 * products - norms[indices], axis=1)
             return jnp.take_along_axis(indices, best[:, None], axis=1)[:, 0]
 
@@ -187,7 +187,7 @@ def nearest(
     norms = jnp.sum(bank**2, axis=-1)
 
     def search(feature):
-        scores = 2 * feature @ bank.T - norms
+        scores = 2 * jnp.matmul(feature, bank.T, precision="highest") - norms  # of large numbers: no digit to spare
         indices = jnp.argmax(scores, axis=-1)[:, None] if k == 1 else jax.lax.top_k(scores, k)[1]
         return jnp.sum((feature - bank[indices[:, 0]]) ** 2, axis=-1), indices
 

@@ -1,16 +1,18 @@
 """``f2pad evaluate``: detectors, refined and not, on data in MVTec layout; resumable image by image.
 
-Everything is kept under one folder, ``data/`` (generated defects), ``runs/CASE/`` (a model and a file for each image) and
-``results.json``. What is there is not done again, so a run that was killed goes on, and ends with the same figures; other
-methods, categories or protocols add to the tables of the ones before.
+Everything is kept under one folder, ``data/`` (generated defects), ``models/`` (one for all protocols that train on the
+same images), ``runs/CASE/`` (a file for each image) and ``results.json``. What is there is not done again, so a run that
+was killed goes on, and ends with the same figures; other methods, categories or protocols add to the tables of the ones
+before.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,24 @@ from jaxtyping import Bool, Float, UInt8
 
 import f2pad_jax
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
-from f2pad_jax.checkpoints import write_atomically
+from f2pad_jax.checkpoints import file_sha256, write_atomically
 from f2pad_jax.data.dataset import PROTOCOLS, make_dataset, read_manifest
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import RESIZING, Category, Sample, open_categories
+from f2pad_jax.data.mvtec import RESIZING, Category, Sample, open_categories, spread
+from f2pad_jax.data.textures import TEXTURES, write_textures
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import CheckpointError, ImageError, OptionError
 from f2pad_jax.evaluation import metrics, peers
+from f2pad_jax.history import history
 from f2pad_jax.models import load_detector, save_detector
-from f2pad_jax.refine import refine
+from f2pad_jax.refine import refine_many
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Descent
 from f2pad_jax.timing import compile_seconds
 from f2pad_jax.units import resized, to_unit
+from f2pad_jax.window import Refined
 
 FULL = "full"
 """The variant that leaves nothing out."""
@@ -49,6 +54,8 @@ ABLATIONS = {
 """What may be left out (paper, Table III and Fig. 10), and the paper's own settings."""
 SETTINGS = {"normal": None, "few-shot": 16}
 """Training images of a setting; None: all (paper, Section IV-B)."""
+CURVES = "curves.json"
+"""Eq. (12) and its terms before every step, by image."""
 REAL = "real"
 """The protocol that takes the defects that are there."""
 
@@ -108,6 +115,7 @@ def evaluate(
     ablations: Sequence[str] = (),
     images: int | None = None,
     tune: bool = False,
+    curves: int = 0,
     size: tuple[int, int] = (224, 224),
     seed: int = 0,
     progress: Progress = silent,
@@ -115,7 +123,7 @@ def evaluate(
     """Fit, refine and measure every case asked for; write ``results.json``; return its records.
 
     Args:
-        root: a data set in MVTec layout.
+        root: a data set in MVTec layout, or ``"textures"``: the demonstration's photographs (``write_textures``).
         out: folder for everything.
         categories: default: all of the data set.
         methods: of :data:`~f2pad_jax.detectors.DETECTORS`.
@@ -126,6 +134,7 @@ def evaluate(
         ablations: of :data:`ABLATIONS`.
         images: at most this many defective images of each category, spread evenly (real), or generated (paper: 54).
         tune: whether to tune every detector (:func:`f2pad_jax.fit`).
+        curves: of how many defective images of each case the objective is kept, step by step, for the report.
         size: height and width images are resized to.
         seed: of everything drawn at random.
         progress: told how far it is.
@@ -146,6 +155,8 @@ def evaluate(
             if name not in there:
                 raise OptionError(f"{what} '{name}' is unknown; there are {', '.join(there)}")
     root, out = Path(root), Path(out)
+    if str(root) == TEXTURES and not root.exists():
+        root = write_textures(out / "data" / TEXTURES)
     for protocol in protocols:
         data = root if protocol == REAL else out / "data" / protocol
         if protocol != REAL:
@@ -155,7 +166,7 @@ def evaluate(
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
                     asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed, "tune": tune}
-                    _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, progress)
+                    _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
                     jax.clear_caches()  # every program takes memory maps, of which a process has few
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
@@ -186,7 +197,15 @@ def _generated(root, data, protocol, categories, count, size, seed, progress) ->
 
 
 def _run(
-    case: Case, category: Category, folder: Path, asked: dict[str, Any], weights, ablations, images, progress: Progress
+    case: Case,
+    category: Category,
+    folder: Path,
+    asked: dict[str, Any],
+    weights: str | Path | None,
+    ablations: Sequence[str],
+    images: int | None,
+    curves: int,
+    progress: Progress,
 ) -> None:
     """Fit the case's detector and look at its test images, as far as this isn't done."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,12 +213,12 @@ def _run(
     file = folder / "case.json"
     if file.exists() and (there := json.loads(file.read_text())) | asked != there:
         raise ImageError(f"{folder}: holds a run with another size, seed or tuning; choose another output folder")
-    defective = [sample for sample in category.test if sample.mask is not None]
-    if images and images < len(defective):
-        defective = [defective[i] for i in np.linspace(0, len(defective) - 1, images).astype(int)]
+    defective = spread([sample for sample in category.test if sample.mask is not None], images or None)
     samples = defective + [sample for sample in category.test if sample.mask is None]
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
-    if not any(missing.values()) and file.exists():
+    drawn = json.loads((folder / CURVES).read_text()) if (folder / CURVES).exists() else {}
+    undrawn = [sample for sample in spread(defective, curves) if sample.name not in drawn]
+    if not any(missing.values()) and not undrawn and file.exists():
         return
     detector, fitting = _fitted(case, category, folder, asked, weights, progress)
     about = {
@@ -212,11 +231,18 @@ def _run(
         "samples": [sample.name for sample in samples],
     }
     write_atomically(file, json.dumps(about, indent=1).encode())
-    for k, sample in enumerate(samples):
-        progress(f"{case.folder}: refining", k, len(samples))
-        for variant in missing[sample.name]:
-            _look(detector, sample, folder, variant, size)
-    progress(f"{case.folder}: refining", len(samples), len(samples))
+    for variant in (FULL, *ablations):
+        todo = [sample for sample in samples if variant in missing[sample.name]]
+        progress(f"{case.folder}: refining, {variant}", len(samples) - len(todo), len(samples))
+        for k, _ in enumerate(_look(detector, todo, folder, variant, size)):
+            progress(f"{case.folder}: refining, {variant}", len(samples) - len(todo) + k + 1, len(samples))
+    for k, sample in enumerate(undrawn):
+        progress(f"{case.folder}: curves", k, len(undrawn))
+        past = history(detector, _resized(sample, size), every=10**6)
+        series = {"objective": past.objective, **past.terms}
+        drawn[sample.name] = {name: np.round(np.asarray(values, float), 3).tolist() for name, values in series.items()}
+        write_atomically(folder / CURVES, json.dumps(drawn).encode())
+        progress(f"{case.folder}: curves", k + 1, len(undrawn))
 
 
 def _training(case: Case, category: Category, seed: int) -> list[Path]:
@@ -230,12 +256,18 @@ def _fitted(
     case: Case, category: Category, folder: Path, asked: dict[str, Any], weights, progress: Progress
 ) -> tuple[AbstractDetector, dict[str, Any]]:
     """The case's detector, and what is to be told of its fit."""
-    model, told = folder / "detector.model", folder / "fit.json"
+    train = _training(case, category, asked["seed"])
+    recipe = hashlib.sha256(json.dumps([asked[key] for key in ("size", "seed", "tune")]).encode())
+    for path in train:
+        recipe.update(file_sha256(path).encode())
+    stem = "-".join((case.setting, case.category, case.method, case.backbone, recipe.hexdigest()[:8]))
+    model, told = (folder.parents[1] / "models" / f"{stem}{suffix}" for suffix in (".model", ".json"))
+    model.parent.mkdir(exist_ok=True)
     if model.exists() and told.exists():
         return load_detector(model, weights=weights), json.loads(told.read_text())
-    method, train = DETECTORS[case.method], _training(case, category, asked["seed"])
+    method = DETECTORS[case.method]
     backbone = _deep_as_the_file(case.backbone, method.default_layers(find_network(case.backbone), len(train)), weights)
-    options: dict[str, Any] = {"resume": folder / "detector.partial"} if case.method == "cflow" else {}
+    options: dict[str, Any] = {"resume": model.with_suffix(".partial")} if case.method == "cflow" else {}
     began, trials = time.perf_counter(), []
     detector = fit(
         method,
@@ -289,21 +321,34 @@ def _refined_by(names: Iterable[str]) -> list[str]:
     return [name.removeprefix("mask ") for name in names if name.startswith("mask ")]
 
 
-def _look(detector: AbstractDetector, sample: Sample, folder: Path, variant: str, size: tuple[int, int]) -> None:
-    """Refine one image and keep what came of it, beside what was kept before."""
-    image = np.asarray(resized(to_unit(read_image(sample.path)), size))
-    began, compiled = time.perf_counter(), compile_seconds()
+def _look(
+    detector: AbstractDetector, samples: Sequence[Sample], folder: Path, variant: str, size: tuple[int, int]
+) -> Iterator[Sample]:
+    """Refine images and keep what came of each, beside what was kept before."""
+    images = (_resized(sample, size) for sample in samples)
     settings = None if variant == FULL else ABLATIONS[variant]
-    result = jax.tree.map(np.asarray, refine(detector, image, settings=settings))
-    seconds = time.perf_counter() - began - (compile_seconds() - compiled)
+    began, compiled = time.perf_counter(), compile_seconds()
+    for sample, result in zip(samples, refine_many(detector, images, settings=settings), strict=True):
+        now, compiling = time.perf_counter(), compile_seconds()
+        _keep(result, sample, folder, variant, max(now - began - (compiling - compiled), 0.0))
+        yield sample
+        began, compiled = time.perf_counter(), compile_seconds()
+
+
+def _resized(sample: Sample, size: tuple[int, int]) -> Float[np.ndarray, "h w 3"]:
+    return np.asarray(resized(to_unit(read_image(sample.path)), size))
+
+
+def _keep(result: Refined, sample: Sample, folder: Path, variant: str, seconds: float) -> None:
+    """One image's result; ``seconds`` since the one before."""
     path, arrays = _file(folder, sample), {}
     if path.exists():
         with np.load(path) as there:
             arrays = dict(there)
     if variant == FULL or not arrays:
         arrays |= {
-            "image": np.rint(image * 255).astype(np.uint8),
-            "truth": sample.truth(size),
+            "image": np.rint((result.normal + result.anomaly) * 255).astype(np.uint8),
+            "truth": sample.truth((result.mask.shape[0], result.mask.shape[1])),
             "coarse_map": result.coarse_map,
             "coarse_mask": result.coarse_mask,
             "region": result.region,
@@ -399,7 +444,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
             variant,
             [i.masks[variant] for i in images],
             float(np.mean([i.steps[variant] for i in defective])),
-            float(np.mean([i.seconds[variant] for i in defective])),
+            float(np.sum([i.seconds[variant] for i in images])) / len(defective),
         )
         for variant in (FULL, *ABLATIONS)
         if defective and all(variant in i.masks for i in images)

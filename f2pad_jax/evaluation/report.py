@@ -14,7 +14,8 @@ from jaxtyping import Bool, UInt8
 
 from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.evaluate import FULL, Looked, load_images
+from f2pad_jax.evaluation.charts import line_chart
+from f2pad_jax.evaluation.evaluate import CURVES, FULL, Looked, load_images
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -28,7 +29,8 @@ def write_report(out: str | Path, *, limit: int | None = 60) -> Path:
     """
     out = Path(out)
     cases = [case for folder in sorted((out / "runs").iterdir()) if (case := _case(folder, limit))]
-    page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()))
+    sizes = "\n".join(path.read_text() for path in sorted((out / "pictures").glob("*-sizes.svg")))
+    page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()) + sizes)
     data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # may not end the script it stands in
     path = out / "report.html"
     write_atomically(path, page.replace("/*CASES*/", data).encode())
@@ -41,7 +43,13 @@ def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
         return None
     found = [i for i in load_images(folder) if FULL in i.masks]
     order = sorted(found, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
-    return {"name": folder.name, "images": [_entry(i) for i in order]} if order else None
+    drawn = json.loads((folder / CURVES).read_text()) if (folder / CURVES).exists() else {}
+    charts = [
+        line_chart(f"{name}: Eq. (12) and its terms", series, x="step", y="")
+        for name, series in drawn.items()
+        if series["objective"]
+    ]
+    return {"name": folder.name, "images": [_entry(i) for i in order], "charts": charts} if order else None
 
 
 def _entry(image: Looked) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import RESIZING
 from f2pad_jax.evaluation import metrics
+from f2pad_jax.evaluation.charts import bar_chart
 from f2pad_jax.evaluation.evaluate import ABLATIONS, FULL, Looked, load_images
 from f2pad_jax.evaluation.pictures import gallery, overlay
 
@@ -43,7 +44,7 @@ def write_tables(out: str | Path, records: Sequence[Record]) -> list[Path]:
         timing += [f"## {protocol}, {setting}", "", *_timing(part, columns)]
         for column, images in runs.items():
             stem = "-".join((protocol, setting, *column))
-            written += _pictures(out, stem, images) if images else []
+            written += _pictures(out, stem, images, _title(column)) if images else []
     write_atomically(written[0], "\n".join(text).encode())
     write_atomically(written[1], "\n".join(timing).encode())
     buffer = io.StringIO()
@@ -146,18 +147,27 @@ def _maps(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     return [note, "", *_table(header, rows)]
 
 
-def _sizes(runs: dict[Column, list[tuple[str, Looked]]]) -> list[str]:
-    """Fig. 7: IoU of m0 and of the refined mask by size of the anomaly."""
-    header, rows = ["anomaly, % of image", *(f"{_title(c)} {w}" for c in runs for w in ("images", "m0", "F2PAD"))], []
+def _by_size(images: list[tuple[str, Looked]]) -> list[tuple[str, int, float, float]]:
+    """Each group of anomaly sizes, its number of images, and the mean IoU of m0 and of the refined mask."""
+    groups = []
     for low, high in itertools.pairwise(GROUPS):
-        row = [f"{100 * low:.0f} to {100 * high:.0f}" if high < 1 else f"over {100 * low:.0f}"]
-        for images in runs.values():
-            inside = [i for _, i in images if low < i.truth.mean() <= high]
-            row += [str(len(inside))]
-            for masks in ([i.coarse_mask for i in inside], [i.masks[FULL] for i in inside]):
-                values = [metrics.iou(m, i.truth) for m, i in zip(masks, inside, strict=True)]
-                row += [_cell(float(np.mean(values)) if values else float("nan"))]
-        rows.append(row)
+        inside = [i for _, i in images if low < i.truth.mean() <= high]
+        means = []
+        for masks in ([i.coarse_mask for i in inside], [i.masks[FULL] for i in inside]):
+            values = [metrics.iou(m, i.truth) for m, i in zip(masks, inside, strict=True)]
+            means.append(float(np.mean(values)) if values else float("nan"))
+        name = f"{100 * low:.0f} to {100 * high:.0f}" if high < 1 else f"over {100 * low:.0f}"
+        groups.append((name, len(inside), means[0], means[1]))
+    return groups
+
+
+def _sizes(runs: dict[Column, list[tuple[str, Looked]]]) -> list[str]:
+    """Fig. 7."""
+    header = ["anomaly, % of image", *(f"{_title(c)} {w}" for c in runs for w in ("images", "m0", "F2PAD"))]
+    rows = [
+        [cells[0][0], *(cell for _, count, before, after in cells for cell in (str(count), _cell(before), _cell(after)))]
+        for cells in zip(*(_by_size(images) for images in runs.values()), strict=True)
+    ]
     return ["By size of the anomaly (paper, Fig. 7).", "", *_table(header, rows)]
 
 
@@ -178,8 +188,8 @@ def _images(out: Path, protocol: str, setting: str, column: Column, part: Sequen
     return [(n, i) for n, f in folders if (f / "case.json").exists() for i in load_images(f) if not i.good]
 
 
-def _pictures(out: Path, stem: str, images: list[tuple[str, Looked]]) -> list[Path]:
-    """Fig. 6: some images of each category; Fig. 11: those of the lowest IoU."""
+def _pictures(out: Path, stem: str, images: list[tuple[str, Looked]], title: str) -> list[Path]:
+    """Fig. 6: some images of each category; Fig. 11: those of the lowest IoU; Fig. 7 as a chart."""
     chosen = []
     for name in dict.fromkeys(n for n, _ in images):
         own = [(n, i) for n, i in images if n == name]
@@ -198,4 +208,9 @@ def _pictures(out: Path, stem: str, images: list[tuple[str, Looked]]) -> list[Pa
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(path, gallery(rows, titles, labels))
         written.append(path)
-    return written
+    groups = _by_size(images)
+    series = {"m0": [100 * g[2] for g in groups], "F2PAD": [100 * g[3] for g in groups]}
+    chart = bar_chart(f"{title}, {stem}", [f"{g[0]} % ({g[1]})" for g in groups], series, y="IoU")
+    path = out / "pictures" / f"{stem}-sizes.svg"
+    write_atomically(path, chart.encode())
+    return [*written, path]

@@ -76,7 +76,7 @@ def tune(
             prior = prior_of(choice.num_components)
             tuned = (jnp.float32(choice.alpha1 / ALPHA1[0]), jnp.float32(choice.sparsity / SPARSITY[0]))
             candidate = with_calibration(detector, dataclasses.replace(detector.calibrated, prior=prior, tuned=tuned))
-            masks = [np.asarray(refine(candidate, image, settings=SHORT).mask) for image, _ in defects]
+            masks = np.asarray(refine(candidate, np.stack([defect.image for defect in defects]), settings=SHORT).mask)
             values = [iou(mask, defect.mask) for mask, defect in zip(masks, defects, strict=True)]
             trials[choice] = candidate, float(np.mean(values))
         return trials[choice][1]
