@@ -2,18 +2,16 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from f2pad_jax.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bar_chart, line_chart
-
-SVG = "{http://www.w3.org/2000/svg}"
+from f2pad_jax.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_file, bar_chart, inline, line_chart
 
 
 def texts(svg):
-    return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    return [text.text for text in ElementTree.fromstring(svg).iter("text")]
 
 
 def test_a_curve_goes_through_its_values():
     svg = line_chart("a < b", {"one": [0.0, 4.0, 2.0], "two": [1.0, 1.0, 1.0]}, x="step", y="loss")
-    one, two = ElementTree.fromstring(svg).iter(f"{SVG}polyline")
+    one, two = ElementTree.fromstring(svg).iter("polyline")
     points = np.array([pair.split(",") for pair in one.get("points").split()], float)
     np.testing.assert_allclose(points[:, 0], [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT], atol=0.1)
     np.testing.assert_allclose(points[:, 1], [HEIGHT - BOTTOM, TOP, (HEIGHT - BOTTOM + TOP) / 2], atol=0.1)
@@ -25,7 +23,7 @@ def test_bars_stand_on_zero_and_what_is_missing_has_none():
     svg = bar_chart("sizes", ["small", "large"], {"m0": [20.0, float("nan")], "F2PAD": [40.0, 30.0]}, y="IoU")
     bars = [
         {key: float(bar.get(key)) for key in ("x", "y", "width", "height")}
-        for bar in ElementTree.fromstring(svg).iter(f"{SVG}rect")
+        for bar in ElementTree.fromstring(svg).iter("rect")
     ]
     assert len(bars) == 3
     np.testing.assert_allclose(
@@ -33,3 +31,9 @@ def test_bars_stand_on_zero_and_what_is_missing_has_none():
     )
     assert all(abs(bar["y"] + bar["height"] - (HEIGHT - BOTTOM)) < 0.2 for bar in bars)
     assert {"small", "large", "m0", "F2PAD", "40"} <= set(texts(svg))
+
+
+def test_a_file_names_its_namespace_and_a_page_does_not():
+    svg = line_chart("title", {"one": [0.0, 1.0]}, x="step", y="loss")
+    assert ElementTree.fromstring(as_file(svg)).tag == "{http://www.w3.org/2000/svg}svg"
+    assert ElementTree.fromstring(svg).tag == "svg" and inline(as_file(svg).decode()) == svg

@@ -1,4 +1,4 @@
-"""Charts as SVG, for reports that open offline and tables that lie beside pictures."""
+"""Charts as SVG: as part of a report that opens offline, or, with :func:`as_file`, alone beside tables."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,19 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[f
     return _figure(title, parts, list(series))
 
 
+NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
+
+
+def as_file(chart: str) -> bytes:
+    """What makes a chart a file of its own."""
+    return chart.replace("<svg", f"<svg{NAMESPACE}", 1).encode()
+
+
+def inline(file: str) -> str:
+    """What makes such a file part of a page."""
+    return file.replace(NAMESPACE, "", 1)
+
+
 def _height(value: float, low: float, high: float) -> float:
     return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / max(high - low, 1e-12))
 
@@ -67,7 +80,7 @@ def _ticks(values: Sequence[float]) -> list[str]:
 def _figure(title: str, parts: list[str], names: list[str]) -> str:
     size = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
     legend = [_text(LEFT + (k + 0.5) * size, TOP - 8, n, colour=COLOURS[k % len(COLOURS)]) for k, n in enumerate(names)]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" width="{WIDTH:g}" font-size="11" '
+    head = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" width="{WIDTH:g}" font-size="11" '
     head += 'font-family="system-ui, sans-serif" role="img">'
     return "\n".join(
         [head, f"<title>{html.escape(title)}</title>", _text(WIDTH / 2, 12.0, title), *legend, *parts, "</svg>"]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.charts import line_chart
+from f2pad_jax.evaluation.charts import inline, line_chart
 from f2pad_jax.evaluation.evaluate import CURVES, FULL, Looked, load_images
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -29,7 +29,7 @@ def write_report(out: str | Path, *, limit: int | None = 60) -> Path:
     """
     out = Path(out)
     cases = [case for folder in sorted((out / "runs").iterdir()) if (case := _case(folder, limit))]
-    sizes = "\n".join(path.read_text() for path in sorted((out / "pictures").glob("*-sizes.svg")))
+    sizes = "\n".join(inline(path.read_text()) for path in sorted((out / "pictures").glob("*-sizes.svg")))
     page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()) + sizes)
     data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # may not end the script it stands in
     path = out / "report.html"

@@ -14,7 +14,7 @@ from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import RESIZING
 from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.charts import bar_chart
+from f2pad_jax.evaluation.charts import as_file, bar_chart
 from f2pad_jax.evaluation.evaluate import ABLATIONS, FULL, Looked, load_images
 from f2pad_jax.evaluation.pictures import gallery, overlay
 
@@ -44,7 +44,7 @@ def write_tables(out: str | Path, records: Sequence[Record]) -> list[Path]:
         timing += [f"## {protocol}, {setting}", "", *_timing(part, columns)]
         for column, images in runs.items():
             stem = "-".join((protocol, setting, *column))
-            written += _pictures(out, stem, images, _title(column)) if images else []
+            written += _pictures(out, stem, images, f"{_title(column)}: {protocol}, {setting}") if images else []
     write_atomically(written[0], "\n".join(text).encode())
     write_atomically(written[1], "\n".join(timing).encode())
     buffer = io.StringIO()
@@ -210,7 +210,7 @@ def _pictures(out: Path, stem: str, images: list[tuple[str, Looked]], title: str
         written.append(path)
     groups = _by_size(images)
     series = {"m0": [100 * g[2] for g in groups], "F2PAD": [100 * g[3] for g in groups]}
-    chart = bar_chart(f"{title}, {stem}", [f"{g[0]} % ({g[1]})" for g in groups], series, y="IoU")
+    chart = bar_chart(title, [f"{g[0]} % ({g[1]})" for g in groups], series, y="IoU")
     path = out / "pictures" / f"{stem}-sizes.svg"
-    write_atomically(path, chart.encode())
+    write_atomically(path, as_file(chart))
     return [*written, path]
