@@ -152,7 +152,7 @@ class Window(eqx.Module):
         beta = (
             paper_weight(s.beta0, self.m0)
             if s.beta0 is not None
-            else sparsity_weight(problem, n0, sparsity_factor * s.sparsity)
+            else sparsity_weight(problem, n0, sparsity_factor * detector.emphasis * s.sparsity)
         )
         return problem.with_beta(sparse * beta), n0
 

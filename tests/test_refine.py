@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIZE
+from conftest import SIZE, MeanColour, bright_blocks, calibration
 
 from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, refine
 from f2pad_jax.data.textures import load_texture
@@ -270,3 +270,17 @@ def test_real_defects_are_found(shared, backbone):
     out = jax.tree.map(np.asarray, refine(detector, image))
     assert iou(np.asarray(scaled_mask(jnp.asarray(out.mask), truth.shape)), truth) > 0.2
     np.testing.assert_array_equal(out.normal[~out.mask], image[~out.mask])
+
+
+def test_a_detector_may_ask_for_more_sparsity():
+    class Saturating(MeanColour):
+        emphasis = 4.0
+
+    settings, betas = jax.tree.map(jnp.asarray, Settings()), []
+    for kind in (MeanColour, Saturating):
+        detector, image = kind(jnp.zeros(3), calibration(0.25)), jnp.asarray(bright_blocks()[0])
+        coarse = look(detector, image, settings)
+        window = Window.around(detector, image, coarse, coarse.region, None)
+        problem, _ = window.pose(detector, window.region, settings, harmonic)
+        betas.append(float(problem.weights.beta))
+    assert betas[1] == pytest.approx(4 * betas[0]) and betas[0] > 0

@@ -98,6 +98,8 @@ class AbstractDetector(eqx.Module):
 
     refits: ClassVar[bool] = True
     """Whether :func:`f2pad_jax.fit` may fit a second time, to all images, after it has calibrated on those held out."""
+    emphasis: ClassVar[float] = 1.0
+    """Factor on ``Settings.sparsity``, for scores whose excess over 1 is no measure of how much n has to gain."""
 
     @classmethod
     @abc.abstractmethod

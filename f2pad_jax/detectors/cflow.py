@@ -128,6 +128,8 @@ class CFlow(AbstractDetector):
     calibration: Calibration | None = None
 
     refits: ClassVar[bool] = False
+    emphasis: ClassVar[float] = 32.0
+    """Eq. (6) saturates: the most anomalous position scores little more than an ordinary one."""
 
     @classmethod
     def default_layers(cls, network: Network, num_images: int) -> tuple[str, ...]:
