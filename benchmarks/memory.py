@@ -1,8 +1,8 @@
 """Memory against the number of images: ``python benchmarks/memory.py FOLDER [--weights FILE] [--images N]``.
 
-FOLDER is in MVTec layout. ``refine_many`` with PatchCore goes through its training images over and over, every twentieth image
-being one of its defects, a few steps each. Printed: the most memory of the process after 50 images and after all, and what one
-more lane of each window takes.
+FOLDER is in MVTec layout. ``refine_many`` with PatchCore goes through its training images over and over, every twentieth
+image being one of its defects, a few steps each. Printed: the most memory of the process after 50 images and after all, and
+what one more lane of each window takes.
 """
 
 import argparse
