@@ -23,10 +23,10 @@ def test_operations_are_counted_through_loops_and_calls():
 
 def test_what_is_measured_is_said(monkeypatch):
     rng = np.random.default_rng(0)
-    image = np.full((224, 224, 3), 0.45, np.float32) + rng.normal(0, 0.02, (224, 224, 3)).astype(np.float32)
-    image[80:110, 90:120] = 0.9
-    truth = np.zeros((224, 224), bool)
-    truth[80:110, 90:120] = True
+    image = np.full((48, 48, 3), 0.45, np.float32) + rng.normal(0, 0.02, (48, 48, 3)).astype(np.float32)
+    image[20:34, 16:30] = 0.9
+    truth = np.zeros((48, 48), bool)
+    truth[20:34, 16:30] = True
     monkeypatch.setattr(module, "_work", lambda folder: module.Work([], [image], [truth]))
     monkeypatch.setattr(module, "_fitted", lambda *_: MeanColour(jnp.zeros(3), calibration(0.25)))
     lines = []
