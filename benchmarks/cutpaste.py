@@ -5,12 +5,9 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 
-import f2pad_jax
 from f2pad_jax.data.cutpaste import Defective, paste_flat
 from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import open_category, read_mask
-from f2pad_jax.detectors import DETECTORS
-from f2pad_jax.models import load_detector, save_detector
 from f2pad_jax.units import resized, to_unit
 
 SIZE = (224, 224)
@@ -41,14 +38,3 @@ def _resized(rng: np.random.Generator, path: Path) -> np.ndarray:
     mask = read_mask(path, SIZE)
     centre, scale = np.array(scipy.ndimage.center_of_mass(mask)), rng.uniform(0.5, 1.2)
     return scipy.ndimage.affine_transform(mask.astype(np.uint8), np.eye(2) / scale, centre - centre / scale, order=0) > 0
-
-
-def fitted(path: Path, method: str, train: list[np.ndarray], network: tuple):
-    """The detector kept in ``path``, or one fitted now and kept there; ``network`` is its name, layers and weights."""
-    name, layers, weights = network
-    if path.exists():
-        return load_detector(path, weights=weights)
-    detector = f2pad_jax.fit(DETECTORS[method], train, f2pad_jax.load_backbone(name, layers=layers, weights=weights))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_detector(path, detector)
-    return detector

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cutpaste import cut_paste, fitted
+from cutpaste import cut_paste
 from safetensors.torch import load_file
 
 import f2pad_jax
 from f2pad_jax import Descent, Evidence, PaDiM, PatchCore, Settings
+from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose
 from f2pad_jax.units import HIGHEST, LOWEST
@@ -169,7 +170,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=["patchcore", "padim"], default=["patchcore", "padim"])
     parser.add_argument("--images", type=int, default=2, help="of each folder")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--models", type=Path, default=Path("build/eager"), help="where fitted detectors are kept")
     parser.add_argument("--device", default="cpu", help="PyTorch's; JAX takes the fastest it finds")
     arguments = parser.parse_args()
     print(
@@ -178,14 +178,14 @@ def main() -> None:
     )
     torch.set_default_device(arguments.device)
     network = ResNet18(arguments.weights)
+    backbone = f2pad_jax.load_backbone("resnet18", layers=LAYERS, weights=arguments.weights)
     options = Settings(solver=Descent(tolerance=-1e9), max_steps=arguments.steps, restore_steps=0)
     settings = jax.tree.map(jnp.asarray, options)
     for method in arguments.methods:
         rows = []
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
-            path = arguments.models / f"{folder.name}-{method}-eager.model"
-            detector = fitted(path, method, train, ("resnet18", LAYERS, arguments.weights))
+            detector = f2pad_jax.fit(DETECTORS[method], train, backbone)
             _, inpaint = choose("exemplar", detector.calibrated.normals)
             for _ in range(2):  # the first run compiles
                 began = time.perf_counter()

@@ -397,8 +397,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from f2pad_jax.evaluation.bench import PARTS, bench
 
-    if min(arguments.batches) < 1 or (arguments.lanes or 1) < 1:
-        raise OptionError("--batches and --lanes take numbers of at least 1")
     _use_compilation_cache()
     with _progress() as progress:
         bench(

@@ -43,3 +43,6 @@ def test_what_is_unknown_is_refused():
         bench("textures", parts=["colour"])
     with pytest.raises(OptionError, match="method 'magic' is unknown"):
         bench("textures", methods=["magic"])
+    for numbers in ({"batches": (0, 1)}, {"lanes": 0}):
+        with pytest.raises(OptionError, match="at least 1"):
+            bench("textures", **numbers)

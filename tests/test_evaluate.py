@@ -41,21 +41,8 @@ def root(tmp_path_factory):
 def out(root, tmp_path_factory):
     """It evaluated as it is, by the command."""
     folder = tmp_path_factory.mktemp("out")
-    command = [
-        "evaluate",
-        root,
-        "--out",
-        folder,
-        "--protocol",
-        "real",
-        "--size",
-        SIZE,
-        "--ablations",
-        "initialisation",
-        "--curves",
-        1,
-    ]
-    assert main(list(map(str, command))) == 0
+    options = f"--protocol real --size {SIZE} --ablations initialisation --curves 1".split()
+    assert main(["evaluate", str(root), "--out", str(folder), *options]) == 0
     return folder
 
 

@@ -30,9 +30,9 @@ class Pointwise(nnx.Module):
 
     def __call__(self, x: Float[Array, "*hw c_in"]) -> Float[Array, "*_hw2 c_out"]:
         """Channels mixed at each position."""
-        if self.stride > 1 and jax.default_backend() != "cpu":
-            return convolved(x, self.kernel[...][None, None], self.stride, [(0, 0), (0, 0)]) + self.bias[...]
         if self.stride > 1:
+            if jax.default_backend() != "cpu":
+                return convolved(x, self.kernel[...][None, None], self.stride, [(0, 0), (0, 0)]) + self.bias[...]
             x = x[:: self.stride, :: self.stride]
         return x @ self.kernel[...] + self.bias[...]
 

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from f2pad_jax.backbones import Backbone, load_backbone
+from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.data.textures import TEXTURES, load_texture
@@ -21,6 +21,7 @@ from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import OptionError
+from f2pad_jax.evaluation.evaluate import deep_as_the_file
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose
 from f2pad_jax.lanes import MOST_LANES, decide, each, enter
@@ -43,7 +44,7 @@ STEPS = 20
 Say = Callable[[str], None]
 
 
-class Work(eqx.Module):
+class Work(NamedTuple):
     """What is measured on."""
 
     train: list[np.ndarray]
@@ -87,9 +88,11 @@ def bench(
         say: takes a line.
 
     Raises:
-        OptionError: a method or a part is unknown.
+        OptionError: a method or a part is unknown, or a number less than 1.
         ImageError: the folder is no category, or has no defects.
     """
+    if min(batches) < 1 or (lanes is not None and lanes < 1):
+        raise OptionError(f"batches {', '.join(map(str, batches))}, lanes {lanes}: at least 1 is needed")
     for what, asked, there in (("part", parts, PARTS), ("method", methods, DETECTORS)):
         for name in asked:
             if name not in there:
@@ -141,9 +144,10 @@ def _work(folder: str | Path) -> Work:
 
 def _fitted(method: str, work: Work, name: str, layers, weights, progress: Progress) -> AbstractDetector:
     kind = DETECTORS[method]
-    if layers is None and weights is None:
-        return fit(kind, work.train, name, progress=progress)
-    backbone = load_backbone(name, layers=tuple(layers) if layers else None, weights=weights)
+    if layers:
+        backbone = load_backbone(name, layers=tuple(layers), weights=weights)
+    else:
+        backbone = deep_as_the_file(name, kind.default_layers(find_network(name), len(work.train)), weights)
     return fit(kind, work.train, backbone, progress=progress)
 
 

@@ -16,7 +16,7 @@ def line_chart(title: str, series: Mapping[str, Sequence[float]], *, x: str, y: 
     low, high = float(values.min()), float(values.max())
     count = max(len(v) for v in series.values())
     parts = [*_axes(low, high, y), _text(WIDTH / 2, HEIGHT - 6, x), *_ticks([k * (count - 1) / 3 for k in range(4)])]
-    for k, (_, curve) in enumerate(series.items()):
+    for k, curve in enumerate(series.values()):
         across = np.linspace(LEFT, WIDTH - RIGHT, count)
         points = " ".join(f"{a:.1f},{_height(v, low, high):.1f}" for a, v in zip(across, curve, strict=False))
         parts.append(f'<polyline fill="none" stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="1.5" points="{points}"/>')

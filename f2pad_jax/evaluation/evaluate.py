@@ -55,7 +55,7 @@ ABLATIONS = {
 SETTINGS = {"normal": None, "few-shot": 16}
 """Training images of a setting; None: all (paper, Section IV-B)."""
 CURVES = "curves.json"
-"""Eq. (12) and its terms before every step, by image."""
+"""What :func:`load_curves` reads."""
 REAL = "real"
 """The protocol that takes the defects that are there."""
 
@@ -216,7 +216,7 @@ def _run(
     defective = spread([sample for sample in category.test if sample.mask is not None], images or None)
     samples = defective + [sample for sample in category.test if sample.mask is None]
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
-    drawn = json.loads((folder / CURVES).read_text()) if (folder / CURVES).exists() else {}
+    drawn = load_curves(folder)
     undrawn = [sample for sample in spread(defective, curves) if sample.name not in drawn]
     if not any(missing.values()) and not undrawn and file.exists():
         return
@@ -266,7 +266,7 @@ def _fitted(
     if model.exists() and told.exists():
         return load_detector(model, weights=weights), json.loads(told.read_text())
     method = DETECTORS[case.method]
-    backbone = _deep_as_the_file(case.backbone, method.default_layers(find_network(case.backbone), len(train)), weights)
+    backbone = deep_as_the_file(case.backbone, method.default_layers(find_network(case.backbone), len(train)), weights)
     options: dict[str, Any] = {"resume": model.with_suffix(".partial")} if case.method == "cflow" else {}
     began, trials = time.perf_counter(), []
     detector = fit(
@@ -292,7 +292,7 @@ def _fitted(
     return detector, about
 
 
-def _deep_as_the_file(name: str, layers: tuple[str, ...], weights) -> Backbone:
+def deep_as_the_file(name: str, layers: tuple[str, ...], weights) -> Backbone:
     """The backbone, without the layers that a weight file given for it doesn't reach."""
     while True:
         try:
@@ -382,6 +382,12 @@ def load_images(folder: Path) -> list[Looked]:
     return found
 
 
+def load_curves(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Eq. (12) and its terms before every step, of the images of a run it was kept of."""
+    path = folder / CURVES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def peer_masks(images: Sequence[Looked]) -> dict[str, list[Bool[np.ndarray, "h w"]]]:
     """What other ways make of the same coarse maps and masks; GrabCut only where OpenCV is installed."""
     low, high = min(i.coarse_map.min() for i in images), max(i.coarse_map.max() for i in images)
@@ -398,6 +404,7 @@ def peer_masks(images: Sequence[Looked]) -> dict[str, list[Bool[np.ndarray, "h w
 def summarise(folder: Path) -> list[dict[str, Any]]:
     """A record for each variant and each peer of a run, figures in 0..1, means over its defective images.
 
+    Seconds are those of all images, good ones too, over the number of defective ones.
     ``backbone_iou`` and ``backbone_dice`` are of the coarse map at the threshold of best pixel F1 on the test labels, the
     paper's protocol; ``coarse_iou`` and ``coarse_dice`` are of m0, at the label-free threshold, where refinement starts.
     """

@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.evaluation import metrics
 from f2pad_jax.evaluation.charts import inline, line_chart
-from f2pad_jax.evaluation.evaluate import CURVES, FULL, Looked, load_images
+from f2pad_jax.evaluation.evaluate import FULL, Looked, load_curves, load_images
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -43,10 +43,9 @@ def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
         return None
     found = [i for i in load_images(folder) if FULL in i.masks]
     order = sorted(found, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
-    drawn = json.loads((folder / CURVES).read_text()) if (folder / CURVES).exists() else {}
     charts = [
         line_chart(f"{name}: Eq. (12) and its terms", series, x="step", y="")
-        for name, series in drawn.items()
+        for name, series in load_curves(folder).items()
         if series["objective"]
     ]
     return {"name": folder.name, "images": [_entry(i) for i in order], "charts": charts} if order else None
