@@ -20,7 +20,7 @@ def test_a_curve_goes_through_its_values():
 
 
 def test_bars_stand_on_zero_and_what_is_missing_has_none():
-    svg = bar_chart("sizes", ["small", "large"], {"m0": [20.0, float("nan")], "F2PAD": [40.0, 30.0]}, y="IoU")
+    svg = bar_chart("sizes", ["small", "large"], {"m0": [20.0, float("nan")], "F2PAD": [40.0, 30.0]}, high=40.0, y="IoU")
     bars = [
         {key: float(bar.get(key)) for key in ("x", "y", "width", "height")}
         for bar in ElementTree.fromstring(svg).iter("rect")

@@ -23,9 +23,8 @@ def line_chart(title: str, series: Mapping[str, Sequence[float]], *, x: str, y: 
     return _figure(title, parts, list(series))
 
 
-def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str) -> str:
-    """Groups of bars from zero; no bar where there is no number."""
-    high = max([v for values in series.values() for v in values if not np.isnan(v)], default=1.0)
+def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, high: float, y: str) -> str:
+    """Groups of bars from zero to at most ``high``; no bar where there is no number."""
     parts, step = _axes(0.0, high, y), (WIDTH - LEFT - RIGHT) / len(groups)
     width = 0.8 * step / len(series)
     for g, group in enumerate(groups):
@@ -63,7 +62,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "
 
 
 def _axes(low: float, high: float, label: str) -> list[str]:
-    """Lines at round fractions of the height, their values, and what they are of."""
+    """Lines at quarters of the height, their values, and what they are of."""
     parts = [_text(4.0, TOP - 8, label, "start")]
     for value in np.linspace(low, high, 5):
         y = _height(value, low, high)

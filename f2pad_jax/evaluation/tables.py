@@ -210,7 +210,7 @@ def _pictures(out: Path, stem: str, images: list[tuple[str, Looked]], title: str
         written.append(path)
     groups = _by_size(images)
     series = {"m0": [100 * g[2] for g in groups], "F2PAD": [100 * g[3] for g in groups]}
-    chart = bar_chart(title, [f"{g[0]} % ({g[1]})" for g in groups], series, y="IoU")
+    chart = bar_chart(title, [f"{g[0]} % ({g[1]})" for g in groups], series, high=100.0, y="IoU")
     path = out / "pictures" / f"{stem}-sizes.svg"
     write_atomically(path, as_file(chart))
     return [*written, path]
