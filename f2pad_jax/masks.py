@@ -64,6 +64,10 @@ class Mixture(AbstractDecision):
     splits the region in two, as a pasted colour does, the Gaussians are far apart and it decides to the pixel; where it
     does not, they coincide and the map decides. No threshold, and nothing to calibrate.
 
+    It starts twice, from the map's odds and from the residual of n alone, cut in two, and the second counts where it has
+    the greater evidence. A map that is a ring around a large defect, whose inside looks ordinary, holds the first fast;
+    where the residual shows but a part of the defect, the evidence speaks against the second.
+
     A residual is the least distance of a pixel of x to those of n around it, so that structure restored a pixel or two
     from its place is no anomaly.
 
@@ -86,6 +90,8 @@ class Mixture(AbstractDecision):
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
     """Rounds of expectation-maximisation, static."""
+    margin: Scalar = 0.03
+    """By how much, in natural units a pixel, the second start's evidence must be greater."""
 
     missed: Scalar = 0.8
     """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
@@ -112,11 +118,34 @@ class Mixture(AbstractDecision):
             square = jnp.einsum("hwd,de,hwe->hw", centred, jnp.linalg.inv(covariance), centred)
             return -0.5 * (square + jnp.linalg.slogdet(covariance)[1])
 
-        def update(_, q: Float[Array, "h w"]) -> Float[Array, "h w"]:
-            ratio = log_density(region * q) - log_density(region * (1 - q))
-            return region * jax.nn.sigmoid(prior + ratio + self.coupling * smoothed(2 * q - 1, self.sigma))
+        def separated(q: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
+            """Where this one leads, and the evidence: the residuals' log-likelihood a pixel, under the map's odds."""
 
-        return jax.lax.fori_loop(0, self.num_steps, update, region * jax.nn.sigmoid(prior))
+            def update(_, carry):
+                q, *_ = carry
+                anomalous, normal = log_density(region * q), log_density(region * (1 - q))
+                odds = prior + anomalous - normal + self.coupling * smoothed(2 * q - 1, self.sigma)
+                likelihood = jnp.logaddexp(jax.nn.log_sigmoid(prior) + anomalous, jax.nn.log_sigmoid(-prior) + normal)
+                return region * jax.nn.sigmoid(odds), jnp.sum(region * likelihood) / jnp.maximum(jnp.sum(region), 1)
+
+            return jax.lax.fori_loop(0, self.num_steps, update, (q, jnp.zeros(())))
+
+        high = values[..., 1] > two_means(values[..., 1], region)
+        starts = jnp.stack([jax.nn.sigmoid(prior), jnp.where(high, 0.99, 0.01)])
+        (by_map, by_residual), (first, second) = jax.lax.map(separated, region * starts)
+        return jnp.where(second > first + self.margin, by_residual, by_map)
+
+
+def two_means(values: Float[Array, "h w"], weight: Float[Array, "h w"], num_steps: int = 10) -> Float[Array, ""]:
+    """The level half-way between the means of the values above and below it, by Lloyd's iterations from the mean of all."""
+
+    def mean(weight: Float[Array, "h w"]) -> Float[Array, ""]:
+        return jnp.sum(weight * values) / jnp.maximum(jnp.sum(weight), 1e-6)
+
+    def update(_, level: Float[Array, ""]) -> Float[Array, ""]:
+        return (mean(weight * (values > level)) + mean(weight * (values <= level))) / 2
+
+    return jax.lax.fori_loop(0, num_steps, update, mean(weight))
 
 
 def unexplained(evidence: Evidence, mask: Bool[Array, "h w"]) -> Float[Array, "h w"]:

@@ -6,7 +6,7 @@ from conftest import calibration
 from test_solver import MeanColour
 
 from f2pad_jax import Descent, Evidence, Mixture, Problem, Residual
-from f2pad_jax.masks import tolerant_residual, unexplained
+from f2pad_jax.masks import tolerant_residual, two_means, unexplained
 from f2pad_jax.smoothing import smoothed
 
 SIZE = 48
@@ -74,6 +74,38 @@ def test_a_sharp_residual_overrules_the_coarse_map(rng, region, excess):
     x = n + 0.03 * rng.standard_normal(n.shape).astype(np.float32) + 1.5 * truth[..., None]
     mask = Mixture()(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess))
     assert iou(mask, truth) > 0.97 > 0.8 > iou((excess > 1) & region, truth)
+
+
+def test_a_map_that_is_a_ring_does_not_hide_the_inside_of_a_patch(rng, region):
+    """The border of a large patch stands out, half inside and half outside of it; its inside looks ordinary."""
+    truth = np.zeros((SIZE, SIZE), bool)
+    truth[12:36, 12:36] = True
+    y, x = np.abs(np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2)
+    ring = np.where(np.abs(np.maximum(y, x) - 12) < 4, 2.0, 0.2) * np.where((y < 4) & (x > 6), 0.1, 1.0)  # in two pieces
+    ring = jnp.asarray(ring, jnp.float32)
+    n = 0.05 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
+    x = n + 0.03 * rng.standard_normal(n.shape).astype(np.float32) + 1.5 * truth[..., None]
+    mask = Mixture()(Descent(), Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), ring))
+    assert iou(mask, truth) > 0.97 > 0.5 > iou((ring > 1) & region, truth)
+
+
+def test_a_glaring_part_does_not_stand_for_the_whole(rng, region, excess):
+    """The residual alone would take the bright bit and nothing else; the evidence, with the map's odds, is against it."""
+    disc, n = (excess > 1) & region, np.zeros((SIZE, SIZE, 3), np.float32)
+    x = 0.05 * rng.standard_normal(n.shape).astype(np.float32)
+    x[20:23, 20:28] += 1.5
+    evidence = Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess)
+    chosen, always = (Mixture(margin=margin).posterior(evidence) > 0.5 for margin in (Mixture().margin, -1e6))
+    assert iou(chosen, disc) > 0.4 > 0.15 > iou(always, disc)
+
+
+def test_two_means_cuts_where_the_squares_within_are_least(rng):
+    values = np.concatenate([rng.normal(0, 1, 400), rng.normal(5, 0.5, 112)]).astype(np.float32).reshape(16, 32)
+    weight = (rng.random((16, 32)) < 0.7).astype(np.float32)
+    chosen = np.sort(values[weight > 0])
+    squares = [a.var() * a.size + b.var() * b.size for a, b in (np.split(chosen, [k]) for k in range(1, len(chosen)))]
+    cut = 1 + int(np.argmin(squares))
+    assert chosen[cut - 1] <= float(two_means(jnp.asarray(values), jnp.asarray(weight))) <= chosen[cut]
 
 
 def test_a_residual_that_says_nothing_leaves_the_coarse_map(rng, region, excess):
