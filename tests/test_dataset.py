@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.ndimage
 
@@ -74,6 +75,16 @@ def test_cut_paste_pastes_far_colours_in_resized_shapes_on_held_out_images(root,
     assert any(entry["base"].endswith("test/good/000.png") for entry in manifest["categories"]["capsule"]["images"])
     for entry, _, mask in pairs(tmp_path, manifest, "capsule"):
         assert (mask & foreground(read_image(root / entry["base"]) / np.float32(255))).sum() == mask.sum()
+
+
+def test_images_are_shrunk_in_integers_so_that_every_processor_makes_the_same(root, tmp_path):
+    """Outside of a defect an image is Pillow's to the bit: no rounding of floats is left to a compiler."""
+    size = (40, 48)
+    manifest = read_manifest(make_dataset(root, tmp_path, categories=["grass"], count=3, size=size))
+    for entry, image, mask in pairs(tmp_path, manifest, "grass"):
+        with PIL.Image.open(root / entry["base"]) as base:
+            small = np.asarray(base.resize((48, 40), PIL.Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(np.rint(255 * image[~mask]), small[~mask])
 
 
 def test_every_second_of_the_capsules_defects_is_a_part_from_its_other_end(root, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import scipy.ndimage
 from jaxtyping import Bool, Float, UInt8
 
@@ -22,7 +23,7 @@ from f2pad_jax.data.cutpaste import Defective, blended, irregular_shape, paste_f
 from f2pad_jax.data.images import read_image, write_png
 from f2pad_jax.data.mvtec import Category, open_categories, read_mask
 from f2pad_jax.errors import ImageError, OptionError
-from f2pad_jax.units import STD, resized, to_unit
+from f2pad_jax.units import STD
 
 Image = Float[np.ndarray, "h w 3"]
 Mask = Bool[np.ndarray, "h w"]
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 AREA = (0.002, 0.13)
 """Share of the image a defect covers; 0.13 is the paper's largest."""
-FORMAT = "f2pad-dataset-1"
+FORMAT = "f2pad-dataset-2"
 TRIES = 200
 """Draws before a defect that doesn't fit is an error."""
 
@@ -211,10 +212,16 @@ def _sources(
     shapes = [path for other in found for path in other.masks]
 
     def image(path: Path) -> Image:
-        return np.asarray(resized(to_unit(read_image(path)), size))
+        return _shrunk(read_image(path), size)
 
     is_object = shows_objects(image(path) for path in train[:8])
     return Sources(category.name, image, bases, train, foreign, shapes, is_object), train
+
+
+def _shrunk(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
+    """Pillow's bilinear and antialiased resize, whose integer arithmetic is the same on every processor."""
+    small = PIL.Image.fromarray(image).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
+    return np.asarray(small, np.float32) / 255
 
 
 def shows_objects(images: Iterable[Image]) -> bool:
