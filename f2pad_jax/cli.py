@@ -302,7 +302,7 @@ def _summary(detector, num_images: int) -> str:
     calibration = detector.calibrated
     return (
         f"{num_images} normal images, {detector.backbone.name} {' '.join(detector.backbone.layers)}; "
-        f"{len(calibration.prior.means)} pixel components, threshold {float(calibration.threshold):.2f}"
+        f"{calibration.prior.num_components} pixel components, threshold {float(calibration.threshold):.2f}"
     )
 
 

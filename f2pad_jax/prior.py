@@ -19,6 +19,11 @@ class PixelPrior(eqx.Module):
     whitening: Float[Array, "q 3 3"]
     """``whitening[q] @ (value - means[q])`` has unit covariance: the transposed Cholesky factor of the precision."""
 
+    @property
+    def num_components(self) -> int:
+        """How many different ones there are."""
+        return len(np.unique(np.asarray(self.means), axis=0))
+
     def __call__(self, image: Float[Array, "*b 3"]) -> Float[Array, "*b"]:
         """Squared Mahalanobis distance to the closest component, per pixel; the summand of Eq. (10)."""
         # which one it is has no gradient, and three planes of pixels are faster than pixels of three
@@ -42,7 +47,8 @@ def fit_prior(
 
     Args:
         pixels: values in normalised intensity.
-        num_components: at most this many Gaussians; those the variational prior leaves empty are dropped.
+        num_components: at most this many Gaussians; those the variational prior leaves empty are dropped, and others
+            repeated in their place, which leaves the minimum as it is: priors of one shape share compiled programs.
         floor: standard deviation added to every component, in normalised intensity. A grey image has no spread between its
             channels; without the floor its precision would be unbounded.
         seed: of the initial k-means.
@@ -54,6 +60,6 @@ def fit_prior(
     with threadpool_limits(1), warnings.catch_warnings():  # means and widths are long settled when the bound still creeps
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(np.asarray(pixels, np.float64))
-    kept = mixture.weights_ >= 1e-3
+    kept = np.resize(np.flatnonzero(mixture.weights_ >= 1e-3), num_components)
     whitening = np.swapaxes(mixture.precisions_cholesky_[kept], 1, 2)
     return PixelPrior(jnp.asarray(mixture.means_[kept], jnp.float32), jnp.asarray(whitening, jnp.float32))

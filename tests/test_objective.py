@@ -300,6 +300,7 @@ def test_fitted_prior_keeps_the_colours_there_are_and_drops_the_components_too_m
     prior = fit_prior(pixels, num_components=6)
     assert np.max(prior(jnp.asarray(colours))) < 1
     assert np.min(prior(jnp.asarray([[0.0, 0.0, 0.0], [3.0, -3.0, 0.0]]))) > 50
+    assert 2 <= prior.num_components < 6 == len(prior.means) == len(prior.whitening)  # of one shape all the same
 
 
 def test_prior_of_grey_pixels_is_finite_and_rejects_colour(rng):

@@ -58,4 +58,4 @@ def test_the_command_takes_the_best_of_what_it_tries_and_says_so(grass, tmp_path
     calibrated = load_detector(model).calibrated
     chosen = next(t for t in trials if t[-1] == "chosen")
     assert [float(v) for v in calibrated.tuned] == pytest.approx([1.0, float(chosen[0]) / 1.5])
-    assert 1 <= len(calibrated.prior.means) <= 2
+    assert 1 <= calibrated.prior.num_components <= 2

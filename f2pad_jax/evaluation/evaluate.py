@@ -285,7 +285,7 @@ def _fitted(
         "training_images": len(train),
         "layers": list(detector.backbone.layers),
         "threshold": float(detector.calibrated.threshold),
-        "pixel_components": len(detector.calibrated.prior.means),
+        "pixel_components": detector.calibrated.prior.num_components,
         "tuning": [trial._asdict() for trial in trials],
     }
     write_atomically(told, json.dumps(about).encode())
