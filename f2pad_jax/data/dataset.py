@@ -212,16 +212,12 @@ def _sources(
     shapes = [path for other in found for path in other.masks]
 
     def image(path: Path) -> Image:
-        return _shrunk(read_image(path), size)
+        """Bilinear and antialiased by Pillow, whose integer arithmetic is the same on every processor."""
+        small = PIL.Image.fromarray(read_image(path)).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
+        return np.asarray(small, np.float32) / 255
 
     is_object = shows_objects(image(path) for path in train[:8])
     return Sources(category.name, image, bases, train, foreign, shapes, is_object), train
-
-
-def _shrunk(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 3"]:
-    """Pillow's bilinear and antialiased resize, whose integer arithmetic is the same on every processor."""
-    small = PIL.Image.fromarray(image).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
-    return np.asarray(small, np.float32) / 255
 
 
 def shows_objects(images: Iterable[Image]) -> bool:
