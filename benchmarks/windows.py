@@ -1,8 +1,10 @@
 """Windows against whole images: ``python benchmarks/windows.py FOLDER --weights FILE --out FILE.png [--images N]``.
 
 PatchCore with ResNet18 on a folder in MVTec layout, cut-paste defects (``cutpaste.py``), 224x224, label-free thresholds:
-mean IoU and seconds a solve (compiled before) in the window ``refine`` chooses and in the whole image, taking turns; and a
-picture of the seconds of a hundred steps against the area of a round suspect region in the middle of an image.
+mean IoU and seconds a solve (compiled before) in the window ``refine`` chooses and in the whole image, taking turns; then
+seconds of a hundred steps against the area of a round suspect region in the middle of an image, with a picture, and for a
+disc of one size, in pixels, in images of 224, 512 and 896 pixels: with detectors of those sizes, and with the one of 224.
+``--images 0`` leaves the first part out.
 """
 
 import argparse
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from cutpaste import cut_paste
 from matplotlib.figure import Figure
@@ -19,6 +22,7 @@ import f2pad_jax
 from f2pad_jax import Descent, Settings
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.region import WINDOWS, divided
+from f2pad_jax.units import resized, to_unit
 from f2pad_jax.window import look, solve_window
 
 
@@ -58,30 +62,53 @@ def main() -> None:
             f" in {row[1]:.1f} s; whole image {row[2]:.3f} in {row[3]:.1f} s",
             flush=True,
         )
-    window, fast, whole, slow = np.mean(rows, axis=0)
-    print(
-        f"{len(rows)} images: IoU {window:.3f} in {fast:.1f} s; whole image {whole:.3f} in {slow:.1f} s"
-        f" ({slow / fast:.1f} times)"
-    )
-    plot(detector, defects[0].image, arguments.out)
+    if rows:
+        window, fast, whole, slow = np.mean(rows, axis=0)
+        print(
+            f"{len(rows)} images: IoU {window:.3f} in {fast:.1f} s; whole image {whole:.3f} in {slow:.1f} s"
+            f" ({slow / fast:.1f} times)"
+        )
+    plot(detector, np.asarray(resized(to_unit(train[0]), detector.size)), arguments.out)
+    resolutions(detector, train)
+
+
+def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius: float) -> tuple[float, int, float]:
+    """For a disc in the middle of an image, radius in pixels of the detector's: seconds, the window's side, its share."""
+    settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
+    coarse = look(detector, image, settings)
+    h, w = coarse.mask.shape
+    disc = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2)) < radius
+    marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jnp.asarray(disc),) * 2)
+    ((part, window),) = divided(disc, settings.margin, detector.stride, WINDOWS)
+    run = eqx.filter_jit(solve_window)
+    took, _ = seconds(run, detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
+    return took, window[0], float(disc.mean())
+
+
+def resolutions(detector: f2pad_jax.AbstractDetector, train: list[np.ndarray]) -> None:
+    """Seconds for a disc of 40 pixels across in images of several sizes."""
+    print("a disc of 40 pixels; seconds of 100 steps, and times those at 224x224")
+    base = 0.0
+    for side in (224, 512, 896):
+        image = resized(to_unit(train[0]), (side, side))
+        of_that_size = f2pad_jax.fit(f2pad_jax.PatchCore, train[:4], detector.backbone, size=(side, side))
+        for name, fitted in ((f"of {side}", of_that_size), ("of 224", detector)):
+            took, window, _ = hundred_steps(fitted, image, 20 * fitted.size[0] / side)
+            base = base or took
+            print(f"  image {side}, detector {name:6}: window {window:3}, {took:.2f} s ({took / base:.2f})", flush=True)
+        jax.clear_caches()
 
 
 def plot(detector: f2pad_jax.AbstractDetector, image: np.ndarray, path: Path) -> None:
     """Seconds of a hundred steps against the area of a disc to solve for."""
-    settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
-    coarse = look(detector, image, settings)
-    h, w = coarse.mask.shape
-    distance = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2))
-    run = eqx.filter_jit(solve_window)
     areas, times = [], []
     for radius in (4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 64, 72, 84):
-        disc = distance < radius
-        marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jax.numpy.asarray(disc),) * 2)
-        ((part, window),) = divided(disc, settings.margin, detector.stride, WINDOWS)
-        took, _ = seconds(run, detector, image, marked, jax.numpy.asarray(part), settings, f2pad_jax.exemplar, window)
-        areas.append(100 * disc.mean())
+        took, window, share = hundred_steps(detector, jnp.asarray(image), radius)
+        areas.append(100 * share)
         times.append(took)
-        print(f"  {areas[-1]:5.1f} % of the image, window {window[0]:3}: {took:.2f} s", flush=True)
+        print(f"  {areas[-1]:5.1f} % of the image, window {window:3}: {took:.2f} s", flush=True)
+    slope, constant = np.polyfit(areas[:-1], times[:-1], 1)
+    print(f"  fit: {constant:.2f} s + {slope:.3f} s for each % of the image")
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(areas, times, "o-", color="black")

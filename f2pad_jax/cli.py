@@ -1,6 +1,7 @@
 """The command ``f2pad``: demo, fit, tune, import, refine, make-dataset, evaluate, bench, weights."""
 
 import argparse
+import collections
 import contextlib
 import inspect
 import json
@@ -85,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
     refine.add_argument("model", type=Path, metavar="MODEL", help="model file written by 'f2pad fit' or 'f2pad import'")
     refine.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders searched for images"
+        "images",
+        nargs="+",
+        metavar="IMAGE_OR_DIR",
+        help="images, or folders or buckets (s3://bucket/folder) searched for images",
     )
     refine.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for masks and pictures")
     refine.add_argument("--weights", type=Path, metavar="FILE", help="the model's weight file (default: the one installed)")
@@ -308,7 +312,7 @@ def _summary(detector, num_images: int) -> str:
 
 def _refine(arguments: argparse.Namespace) -> None:
     from f2pad_jax.cluster import ray_workers
-    from f2pad_jax.data.images import check_images, list_images
+    from f2pad_jax.data.images import check_images, is_address, list_images
     from f2pad_jax.files import refine_files, worker
     from f2pad_jax.models import load_detector
 
@@ -319,7 +323,7 @@ def _refine(arguments: argparse.Namespace) -> None:
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     stems = _stems([relative for _, relative in found])
-    check_images(path for path, _ in found)
+    check_images(path for path, _ in found if not is_address(path))  # those in a bucket take long to come
     _folder(arguments.out)
     _use_compilation_cache()
     print(_COMPILING)
@@ -470,12 +474,12 @@ _COMPILING = (
 def _stems(paths: list[Path]) -> list[str]:
     """A name without suffix for each file, with it where two would be the same."""
     stems = [path.with_suffix("").as_posix() for path in paths]
+    count = collections.Counter(stems)
     names = [
-        stem if stems.count(stem) == 1 else path.as_posix().replace(".", "_")
-        for stem, path in zip(stems, paths, strict=True)
+        stem if count[stem] == 1 else path.as_posix().replace(".", "_") for stem, path in zip(stems, paths, strict=True)
     ]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice, most = collections.Counter(names).most_common(1)[0]
+    if most > 1:
         raise ImageError(f"two of the images would both be written as '{twice}'; refine their folders one at a time")
     return names
 

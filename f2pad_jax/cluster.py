@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from f2pad_jax.data.images import is_address
 from f2pad_jax.errors import OptionError
 from f2pad_jax.files import Task, Work, worker
 from f2pad_jax.models import load_detector
@@ -25,7 +26,7 @@ class Refiner:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Records, as JSON, of the images at ``batch["path"]``."""
-        tasks = [(Path(path), str(name)) for path, name in zip(batch["path"], batch["name"], strict=True)]
+        tasks = [(str(path), str(name)) for path, name in zip(batch["path"], batch["name"], strict=True)]
         return {"record": np.array([json.dumps(record) for record in self.work(tasks)])}
 
 
@@ -40,8 +41,9 @@ def ray_workers(
 ) -> Work:
     """Work on Ray: on the cluster that ``RAY_ADDRESS`` names, or else on this machine.
 
-    Every worker has a GPU to itself where the cluster has any, else ``cores`` cores. Images, the model and ``out`` lie
-    where all workers see them. Images of a worker that dies are done again; the results are those of one process.
+    Every worker has a GPU to itself where the cluster has any, else ``cores`` cores. Images (files, or in a bucket), the
+    model and ``out`` lie where all workers see them. Images of a worker that dies are done again; the results are those of
+    one process.
 
     Args:
         model: the model file.
@@ -77,7 +79,8 @@ def ray_workers(
         variables = {} if gpu else {"NPROC": str(each)}  # XLA's threads
         if programs := jax.config.values["jax_compilation_cache_dir"]:
             variables["JAX_COMPILATION_CACHE_DIR"] = programs
-        items = [{"path": str(path.absolute()), "name": name} for path, name in tasks]
+        given = {_everywhere(path): str(path) for path, _ in tasks}
+        items = [{"path": _everywhere(path), "name": name} for path, name in tasks]
         records = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * num_workers)).map_batches(
             Refiner,  # pyright: ignore[reportArgumentType]
             fn_constructor_args=(model.absolute(), weights and weights.absolute(), out.absolute(), options or {}),
@@ -87,9 +90,13 @@ def ray_workers(
             num_cpus=0 if gpu else each,
             runtime_env={"env_vars": variables},
         )
-        given = {str(path.absolute()): str(path) for path, _ in tasks}
         for row in records.iter_rows():
             record = json.loads(row["record"])
             yield record | {"image": given[record["image"]]}
 
     return work
+
+
+def _everywhere(path: Path | str) -> str:
+    """A path that doesn't depend on where a worker runs."""
+    return str(path) if is_address(path) else str(Path(path).absolute())

@@ -10,15 +10,15 @@ import numpy as np
 
 import f2pad_jax
 from f2pad_jax.checkpoints import file_sha256, write_atomically
-from f2pad_jax.data.images import read_image, write_png
+from f2pad_jax.data.images import read_image, state_of, write_png
 from f2pad_jax.detectors.base import AbstractDetector, Progress
 from f2pad_jax.evaluation.pictures import overlay
 from f2pad_jax.refine import refine_many
 from f2pad_jax.solvers import Outcome
 from f2pad_jax.window import Refined
 
-Task = tuple[Path, str]
-"""An image file, and the name its results get."""
+Task = tuple[Path | str, str]
+"""An image file, or the address of one in a bucket, and the name its results get."""
 Work = Callable[[Sequence[Task]], Iterator[dict[str, Any]]]
 """Refines images, writes their files, and gives a record of each, in any order."""
 
@@ -39,7 +39,7 @@ def refine_files(
     began, partial = time.perf_counter(), out / "results.partial"
     recipe = {"version": f2pad_jax.__version__, "model": str(model), "sha256": file_sha256(model), **recipe}
     done = _kept(partial, recipe)
-    waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != _state(task[0])]
+    waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != state_of(task[0])]
     progress("refining", len(tasks) - len(waiting), len(tasks))
     with partial.open("a") as log:
         for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
@@ -69,11 +69,6 @@ def _kept(partial: Path, recipe: dict) -> dict[str, dict[str, Any]]:
     return {record["image"]: record for record in records[1:]}
 
 
-def _state(path: Path) -> list[int]:
-    """What changes with a file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns]
-
-
 def worker(
     detector: AbstractDetector, out: Path, *, inpaint: str | None = None, lanes: int | None = None, history: bool = False
 ) -> Work:
@@ -92,7 +87,7 @@ def worker(
     return work
 
 
-def written(path: Path, name: str, result: Refined, out: Path) -> dict[str, Any]:
+def written(path: Path | str, name: str, result: Refined, out: Path) -> dict[str, Any]:
     """Write the mask, the restored image and the overlay of a result; what else there is to say of it."""
     outcome = Outcome(int(result.outcome))
     files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}
@@ -101,7 +96,7 @@ def written(path: Path, name: str, result: Refined, out: Path) -> dict[str, Any]
     write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), np.asarray(result.mask)))
     return {
         "image": str(path),
-        "file": _state(path),
+        "file": state_of(path),
         **files,
         "anomalous_pixels": int(result.mask.sum()),
         "anomalous_share": float(result.mask.mean()),

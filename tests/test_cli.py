@@ -114,6 +114,20 @@ def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, m
     assert not (out / "results.partial").exists()
 
 
+def test_images_in_a_bucket_are_refined_as_files_are(model, defective, tmp_path):
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    system.pipe("/cli/parts/x.png", defective.read_bytes())
+    for source, out in (("memory://cli/parts", "bucket"), (defective, "file")):
+        assert main(["refine", str(model), str(source), "--out", str(tmp_path / out)]) == 0
+    record = json.loads((tmp_path / "bucket" / "results.json").read_text())["images"][0]
+    assert record["image"] == "memory:///cli/parts/x.png" and record["mask"] == "x_mask.png"
+    found, expected = (
+        np.asarray(PIL.Image.open(tmp_path / name)) for name in ("bucket/x_mask.png", "file/defective_mask.png")
+    )
+    assert found.any()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_results_of_another_model_are_not_gone_on_with(model, tmp_path, texture):
     out = tmp_path / "out"
     out.mkdir()

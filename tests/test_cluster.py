@@ -47,6 +47,30 @@ def test_two_workers_give_what_one_process_gives(folder, alone):
     assert_same(folder, out, alone)
 
 
+def test_workers_read_images_from_a_bucket(folder, alone, monkeypatch):
+    """A server that speaks S3, on this machine."""
+    server, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        system = s3fs.S3FileSystem()
+        system.mkdir("parts")
+        system.put(str(folder / "in"), "parts/today", recursive=True)
+        out = folder / "bucket"
+        assert main(["refine", str(folder / "m.model"), "s3://parts/today", "--out", str(out), "--ray", "2"]) == 0
+    finally:
+        running.stop()
+    records = json.loads((out / "results.json").read_text())["images"]
+    assert [record["image"] for record in records] == [f"s3://parts/today/{i}.png" for i in range(6)]
+    for record, other in zip(records, alone, strict=True):
+        one, another = (np.asarray(PIL.Image.open(p)) for p in (out / record["mask"], folder / "alone" / other["mask"]))
+        np.testing.assert_array_equal(one, another)
+
+
 def test_what_a_dead_worker_was_at_is_done_again(folder, alone):
     out, marker = folder / "dead", folder / "died"
     # a worker that meets the marker's absence leaves it and dies, as one without power would

@@ -1,3 +1,4 @@
+import sys
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import skimage
 
 from f2pad_jax import ImageError
 from f2pad_jax.data.cutpaste import FAR, irregular_shape, paste_flat, paste_noise, paste_stain, paste_tint
-from f2pad_jax.data.images import SUFFIXES, check_images, list_images, read_image, write_png
+from f2pad_jax.data.images import SUFFIXES, check_images, list_images, read_image, state_of, write_png
 from f2pad_jax.data.mvtec import open_categories
 from f2pad_jax.data.textures import NAMES, load_texture, write_textures
 from f2pad_jax.units import HIGHEST, LOWEST, STD, denormalise, normalise, resized, to_unit
@@ -463,6 +464,55 @@ def test_sources_keep_their_order_and_a_file_named_outright_is_taken_as_it_is(tm
         (tmp_path / name).write_bytes(b"x")
     found = list_images([tmp_path / name for name in ("z", "odd.dat", "a", ".hidden.png")])
     assert [str(relative) for _, relative in found] == ["1.png", "odd.dat", "2.png", ".hidden.png"]
+
+
+@pytest.fixture
+def bucket(tmp_path, rgb):
+    """Two images, a hidden one, some text and a file that claims to be an image, in memory as in a bucket."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    for name in ("b.png", "sub/a.png", ".hidden/c.png"):
+        system.pipe(f"/bucket/parts/{name}", save(tmp_path / "x.png", rgb).read_bytes())
+    system.pipe("/bucket/parts/notes.txt", b"x")
+    system.pipe("/bucket/bad/text.png", b"x")
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def test_images_in_a_bucket_are_listed_and_read_by_their_addresses(bucket, rgb):
+    found = list_images(["memory://bucket/parts", "memory://bucket/parts/b.png"])
+    assert [str(relative) for _, relative in found] == ["b.png", "sub/a.png", "b.png"]
+    assert found[0][0].startswith("memory://") and found[1][0].endswith("/bucket/parts/sub/a.png")
+    for address, _ in found:
+        np.testing.assert_array_equal(read_image(address), rgb)
+
+
+def test_another_file_at_an_address_has_another_state(bucket, tmp_path, rgb):
+    address = "memory://bucket/parts/b.png"
+    before = state_of(address)
+    assert state_of(address) == before
+    bucket.pipe("/bucket/parts/b.png", save(tmp_path / "x.png", 255 - rgb).read_bytes())
+    assert state_of(address) != before
+
+
+def test_what_is_wrong_in_a_bucket_is_told_in_a_line(bucket, monkeypatch):
+    for address, said in (
+        ("memory://bucket/nothing", "no such file or folder"),
+        ("memory://bucket/parts/notes", "no such file or folder"),
+        ("nonsense://bucket/parts", "nonsense"),
+    ):
+        with pytest.raises(ImageError, match=said) as caught:
+            list_images([address])
+        assert str(caught.value).startswith(f"{address}: ")
+    bucket.pipe("/bucket/empty/notes.txt", b"x")
+    with pytest.raises(ImageError, match="no images in this folder"):
+        list_images(["memory://bucket/empty"])
+    with pytest.raises(ImageError, match=r"memory://bucket/bad/text.png: not an image"):
+        read_image("memory://bucket/bad/text.png")
+    with pytest.raises(ImageError, match="no such file"):
+        read_image("memory://bucket/parts/none.png")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(ImageError, match=r"f2pad-jax\[bucket\]"):
+        list_images(["s3://bucket/parts"])
 
 
 def test_a_missing_source_and_a_folder_without_images_are_refused(tmp_path):

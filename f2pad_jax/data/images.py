@@ -1,8 +1,10 @@
 """Image files in and out."""
 
+import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,12 +24,14 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
 
     Grey is repeated, alpha dropped, a palette looked up; 16 bits are scaled to 8 (full scale 65535).
 
+    Args:
+        path: of a file, or the address of one in a bucket, such as ``s3://bucket/part.png`` (extra ``bucket``).
+
     Raises:
         ImageError: the file is missing, no image, damaged, too large to be one, or has a side under :data:`MIN_SIDE`.
     """
-    path = Path(path)
     try:
-        with PIL.Image.open(path) as opened:
+        with _opened(path) as file, PIL.Image.open(file) as opened:
             image = PIL.ImageOps.exif_transpose(opened)
             if image.mode.startswith("I") or image.mode == "F":
                 values = np.asarray(image, np.float64)
@@ -52,33 +56,93 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     return array
 
 
-def list_images(sources: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """The images under files and folders, sorted, each with its path relative to the source it was found under.
+def is_address(path: str | Path) -> bool:
+    """Whether this is in a bucket: ``s3://bucket/...``, ``gs://...`` or whatever else fsspec knows."""
+    return isinstance(path, str) and "://" in path
+
+
+def _bucket(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:  # of fsspec itself, or of what it needs for this kind of bucket
+        raise ImageError(f"{address}: {error}; run: pip install 'f2pad-jax[bucket]', or what it names") from None
+    except ValueError as error:
+        raise ImageError(f"{address}: {error}") from None
+
+
+@contextlib.contextmanager
+def _told(address: str) -> Iterator[None]:
+    """Tells of whatever goes wrong with a bucket, each kind of which has errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{address}: can't be read ({error})") from None
+
+
+def _opened(path: str | Path) -> io.BytesIO:
+    """The bytes of a file or of one in a bucket."""
+    if not is_address(path):
+        return io.BytesIO(Path(path).read_bytes())
+    system, inside = _bucket(str(path))
+    with _told(str(path)):
+        return io.BytesIO(system.cat_file(inside))
+
+
+def state_of(path: str | Path) -> list[int | str]:
+    """What changes when a file does."""
+    if is_address(path):
+        system, inside = _bucket(str(path))
+        return [system.ukey(inside)]
+    status = Path(path).stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
+    """The images under files, folders and buckets, sorted, each with its path relative to the source it was found under.
 
     In folders, what is hidden and what doesn't end in one of :data:`SUFFIXES` is passed over; a file named outright is
-    taken as it is.
+    taken as it is. An image in a bucket is given by its address, a string, any other by its path.
 
     Raises:
         ImageError: a source is missing, or a folder holds no image.
     """
-    found: list[tuple[Path, Path]] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            inside = sorted(
-                path
-                for path in source.rglob("*")
-                if path.suffix.lower() in SUFFIXES
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(source).parts)
-            )
-            if not inside:
-                raise ImageError(f"{source}: no images in this folder (looked for {', '.join(SUFFIXES)})")
-            found += [(p, p.relative_to(source)) for p in inside]
-        elif source.exists():
-            found.append((source, Path(source.name)))
-        else:
+    found: list[tuple[Any, Path]] = []
+    for source in sources:
+        there, inside = _in_bucket(str(source)) if is_address(source) else _in_files(Path(source))
+        if not there:
             raise ImageError(f"{source}: no such file or folder")
+        if not inside:
+            raise ImageError(f"{source}: no images in this folder (looked for {', '.join(SUFFIXES)})")
+        found += sorted(inside)
     return found
+
+
+def _in_files(source: Path) -> tuple[bool, list[tuple[Path, Path]]]:
+    """Whether there is such a file or folder, and the images in it."""
+    if not source.is_dir():
+        return source.exists(), [(source, Path(source.name))]
+    found = ((path, path.relative_to(source)) for path in source.rglob("*"))
+    return True, [(path, relative) for path, relative in found if _named_as_image(relative) and path.is_file()]
+
+
+def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
+    """The same of an address."""
+    system, root = _bucket(address)
+    with _told(address):
+        files = system.find(root)
+    if files == [root]:
+        return True, [(address, Path(Path(root).name))]
+    found = ((system.unstrip_protocol(file), Path(file).relative_to(root)) for file in files)
+    return bool(files), [(file, relative) for file, relative in found if _named_as_image(relative)]
+
+
+def _named_as_image(relative: Path) -> bool:
+    return relative.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in relative.parts)
 
 
 def check_images(paths: Iterable[Path]) -> None:
