@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--ablations", nargs="+", default=[], metavar="NAME", help="what to leave out, one at a time")
     evaluate.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
     evaluate.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
-    evaluate.add_argument("--images", type=int, help="defective images of each category (default: 54, or all real ones)")
+    evaluate.add_argument(
+        "--images",
+        type=int,
+        help="defective images of each category, and good ones at most (default: 54 and all; all real ones)",
+    )
     evaluate.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
     evaluate.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
     evaluate.add_argument("--tune", action="store_true", help="tune every detector, as 'f2pad fit --tune' does")

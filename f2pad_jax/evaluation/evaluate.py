@@ -132,7 +132,8 @@ def evaluate(
         protocols: of :data:`~f2pad_jax.data.dataset.PROTOCOLS`, or :data:`REAL`.
         settings: of :data:`SETTINGS`.
         ablations: of :data:`ABLATIONS`.
-        images: at most this many defective images of each category, spread evenly (real), or generated (paper: 54).
+        images: at most this many defective images of each category, spread evenly (real) or generated (paper: 54), and as
+            many good ones.
         tune: whether to tune every detector (:func:`f2pad_jax.fit`).
         curves: of how many defective images of each case the objective is kept, step by step, for the report.
         size: height and width images are resized to.
@@ -214,7 +215,7 @@ def _run(
     if file.exists() and (there := json.loads(file.read_text())) | asked != there:
         raise ImageError(f"{folder}: holds a run with another size, seed or tuning; choose another output folder")
     defective = spread([sample for sample in category.test if sample.mask is not None], images or None)
-    samples = defective + [sample for sample in category.test if sample.mask is None]
+    samples = defective + spread([sample for sample in category.test if sample.mask is None], images or None)
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
     drawn = load_curves(folder)
     undrawn = [sample for sample in spread(defective, curves) if sample.name not in drawn]
