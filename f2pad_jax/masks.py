@@ -106,17 +106,19 @@ class Mixture(AbstractDecision):
         """The probability of an anomaly; 0 outside the region."""
         problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
-        residuals = jax.vmap(lambda m: tolerant_residual(x, m, self.tolerance), out_axes=-1)(jnp.stack([n0, n]))
-        values = jnp.log(residuals + self.floor)
+        residuals = jax.lax.map(lambda m: tolerant_residual(x, m, self.tolerance), jnp.stack([n0, n]))
+        of_n0, of_n = jnp.log(residuals + self.floor)
         prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
 
         def log_density(weight: Float[Array, "h w"]) -> Float[Array, "h w"]:
             """Of a Gaussian fitted with these weights."""
             weight = weight / jnp.maximum(jnp.sum(weight), 1e-6)
-            centred = values - jnp.einsum("hw,hwd->d", weight, values)
-            covariance = jnp.einsum("hw,hwd,hwe->de", weight, centred, centred) + self.spread**2 * jnp.eye(2)
-            square = jnp.einsum("hwd,de,hwe->hw", centred, jnp.linalg.inv(covariance), centred)
-            return -0.5 * (square + jnp.linalg.slogdet(covariance)[1])
+            u, v = (value - jnp.sum(weight * value) for value in (of_n0, of_n))
+            uu, vv, uv = (jnp.sum(weight * product) for product in (u * u, v * v, u * v))
+            uu, vv = uu + self.spread**2, vv + self.spread**2
+            determinant = uu * vv - uv**2
+            square = (vv * u**2 - 2 * uv * u * v + uu * v**2) / determinant
+            return -0.5 * (square + jnp.log(determinant))
 
         def separated(q: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
             """Where this one leads, and the evidence: the residuals' log-likelihood a pixel, under the map's odds."""
@@ -130,10 +132,10 @@ class Mixture(AbstractDecision):
 
             return jax.lax.fori_loop(0, self.num_steps, update, (q, jnp.zeros(())))
 
-        high = values[..., 1] > two_means(values[..., 1], region)
+        high = of_n > two_means(of_n, region)
         starts = jnp.stack([jax.nn.sigmoid(prior), jnp.where(high, 0.99, 0.01)])
-        (by_map, by_residual), (first, second) = jax.lax.map(separated, region * starts)
-        return jnp.where(second > first + self.margin, by_residual, by_map)
+        (by_map, by_residual), evidence_of = jax.lax.map(separated, region * starts)
+        return jnp.where(evidence_of[1] > evidence_of[0] + self.margin, by_residual, by_map)
 
 
 def two_means(values: Float[Array, "h w"], weight: Float[Array, "h w"], num_steps: int = 10) -> Float[Array, ""]:
