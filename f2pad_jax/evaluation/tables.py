@@ -117,15 +117,23 @@ def _peers(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
 
 
 def _ablation(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
-    """Table III."""
+    """Table III, of the categories that have all variants."""
     variants = [v for v in ABLATIONS if any(r["variant"] == v for r in part)]
     if not variants:
         return []
-    header, rows = ["ablation", *(f"{_title(c)} {m}" for c in columns for m in ("IoU", "DICE"))], []
+    rows, count = [], {}
+    whole = {
+        column: [
+            r for r in part if all(_of([q for q in part if q["category"] == r["category"]], column, v) for v in variants)
+        ]
+        for column in columns
+    }
     for variant in (*variants, FULL):
-        cells = [_cell(_value(_of(part, c, variant), m)) for c in columns for m in ("iou", "dice")]
-        rows.append([variant, *cells])
-    return ["What each part gives, mean of the categories (paper, Table III).", "", *_table(header, rows)]
+        found = {column: _of(whole[column], column, variant) for column in columns}
+        count = {column: len(records) for column, records in found.items()}
+        rows.append([variant, *(_cell(_value(found[c], m)) for c in columns for m in ("iou", "dice"))])
+    header = ["ablation", *(f"{_title(c)}, {count[c]} categories, {m}" for c in columns for m in ("IoU", "DICE"))]
+    return ["What each part gives, mean of the categories that have all (paper, Table III).", "", *_table(header, rows)]
 
 
 def _maps(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
