@@ -72,6 +72,9 @@ def main() -> None:
     resolutions(detector, train)
 
 
+_solve = eqx.filter_jit(solve_window)
+
+
 def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius: float) -> tuple[float, int, float]:
     """For a disc in the middle of an image, radius in pixels of the detector's: seconds, the window's side, its share."""
     settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
@@ -80,8 +83,7 @@ def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius
     disc = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2)) < radius
     marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jnp.asarray(disc),) * 2)
     ((part, window),) = divided(disc, settings.margin, detector.stride, WINDOWS)
-    run = eqx.filter_jit(solve_window)
-    took, _ = seconds(run, detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
+    took, _ = seconds(_solve, detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
     return took, window[0], float(disc.mean())
 
 
