@@ -57,6 +57,7 @@ def test_workers_read_images_from_a_bucket(folder, alone, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "test")
+        pytest.importorskip("ray").shutdown()  # workers have the environment that Ray was started in
         system = s3fs.S3FileSystem()
         system.mkdir("parts")
         system.put(str(folder / "in"), "parts/today", recursive=True)
