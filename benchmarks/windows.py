@@ -68,7 +68,7 @@ def main() -> None:
             f"{len(rows)} images: IoU {window:.3f} in {fast:.1f} s; whole image {whole:.3f} in {slow:.1f} s"
             f" ({slow / fast:.1f} times)"
         )
-    plot(detector, np.asarray(resized(to_unit(train[0]), detector.size)), arguments.out)
+    plot(detector, resized(to_unit(train[0]), detector.size), arguments.out)
     resolutions(detector, train)
 
 
@@ -101,11 +101,11 @@ def resolutions(detector: f2pad_jax.AbstractDetector, train: list[np.ndarray]) -
         jax.clear_caches()
 
 
-def plot(detector: f2pad_jax.AbstractDetector, image: np.ndarray, path: Path) -> None:
+def plot(detector: f2pad_jax.AbstractDetector, image: jax.Array, path: Path) -> None:
     """Seconds of a hundred steps against the area of a disc to solve for."""
     areas, times = [], []
     for radius in (4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 64, 72, 84):
-        took, window, share = hundred_steps(detector, jnp.asarray(image), radius)
+        took, window, share = hundred_steps(detector, image, radius)
         areas.append(100 * share)
         times.append(took)
         print(f"  {areas[-1]:5.1f} % of the image, window {window:3}: {took:.2f} s", flush=True)

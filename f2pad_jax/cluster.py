@@ -79,8 +79,8 @@ def ray_workers(
         variables = {} if gpu else {"NPROC": str(each)}  # XLA's threads
         if programs := jax.config.values["jax_compilation_cache_dir"]:
             variables["JAX_COMPILATION_CACHE_DIR"] = programs
-        given = {_everywhere(path): str(path) for path, _ in tasks}
         items = [{"path": _everywhere(path), "name": name} for path, name in tasks]
+        given = {item["path"]: str(path) for item, (path, _) in zip(items, tasks, strict=True)}
         records = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * num_workers)).map_batches(
             Refiner,  # pyright: ignore[reportArgumentType]
             fn_constructor_args=(model.absolute(), weights and weights.absolute(), out.absolute(), options or {}),

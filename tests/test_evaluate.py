@@ -27,9 +27,8 @@ COLUMNS = "category method backbone protocol setting variant images iou dice coa
 def root(tmp_path_factory):
     """Brick with defects, in MVTec layout."""
     folder = tmp_path_factory.mktemp("root")
-    texture = load_texture(
-        "brick", size=SIZE, num_train=7, num_test=2
-    )  # six to fit, as in other tests: so programs are shared
+    # six to fit, as in other tests, so that programs are shared
+    texture = load_texture("brick", size=SIZE, num_train=7, num_test=2)
     for k, crop in enumerate(texture.train[:-1]):
         write_png(folder / "brick" / "train" / "good" / f"{k:03}.png", crop)
     write_png(folder / "brick" / "test" / "good" / "000.png", texture.train[-1])

@@ -75,11 +75,11 @@ def _bucket(address: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _told(address: str) -> Iterator[None]:
-    """Tells of whatever goes wrong with a bucket, each kind of which has errors of its own."""
+    """Tells of whatever goes wrong with a bucket, each kind of which has errors of its own, in a line."""
     try:
         yield
-    except OSError:
-        raise
+    except FileNotFoundError:
+        raise ImageError(f"{address}: no such file or folder") from None
     except Exception as error:
         raise ImageError(f"{address}: can't be read ({error})") from None
 
@@ -97,7 +97,8 @@ def state_of(path: str | Path) -> list[int | str]:
     """What changes when a file does."""
     if is_address(path):
         system, inside = _bucket(str(path))
-        return [system.ukey(inside)]
+        with _told(str(path)):
+            return [system.ukey(inside)]
     status = Path(path).stat()
     return [status.st_size, status.st_mtime_ns]
 

@@ -121,18 +121,14 @@ def _ablation(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     variants = [v for v in ABLATIONS if any(r["variant"] == v for r in part)]
     if not variants:
         return []
-    rows, count = [], {}
-    whole = {
-        column: [
-            r for r in part if all(_of([q for q in part if q["category"] == r["category"]], column, v) for v in variants)
-        ]
-        for column in columns
+    complete = {
+        c: set.intersection(*({r["category"] for r in _of(part, c, v)} for v in (*variants, FULL))) for c in columns
     }
+    header = ["ablation", *(f"{_title(c)}, {len(complete[c])} categories, {m}" for c in columns for m in ("IoU", "DICE"))]
+    rows = []
     for variant in (*variants, FULL):
-        found = {column: _of(whole[column], column, variant) for column in columns}
-        count = {column: len(records) for column, records in found.items()}
+        found = {c: [r for r in _of(part, c, variant) if r["category"] in complete[c]] for c in columns}
         rows.append([variant, *(_cell(_value(found[c], m)) for c in columns for m in ("iou", "dice"))])
-    header = ["ablation", *(f"{_title(c)}, {count[c]} categories, {m}" for c in columns for m in ("IoU", "DICE"))]
     return ["What each part gives, mean of the categories that have all (paper, Table III).", "", *_table(header, rows)]
 
 
