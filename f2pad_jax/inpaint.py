@@ -33,8 +33,10 @@ def harmonic(
     inside = region[..., None].astype(image.dtype)
 
     def laplacian(u: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-        p = jnp.pad(u, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        return 4 * u - p[:-2, 1:-1] - p[2:, 1:-1] - p[1:-1, :-2] - p[1:-1, 2:]
+        # from differences to neighbours: 4u - Σ neighbours would leave rounding errors even of a constant
+        down = jnp.pad(jnp.diff(u, axis=0), ((1, 1), (0, 0), (0, 0)))
+        right = jnp.pad(jnp.diff(u, axis=1), ((0, 0), (1, 1), (0, 0)))
+        return down[:-1] - down[1:] + right[:, :-1] - right[:, 1:]
 
     # unknown d = u - u_start inside: P L P d = -P L u_start, with P the projection onto the region
     outside = image * (1 - inside)

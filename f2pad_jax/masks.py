@@ -158,7 +158,7 @@ def unexplained(evidence: Evidence, mask: Bool[Array, "h w"]) -> Float[Array, "h
         h, w, _ = jax.eval_shape(problem.view, image).shape
         return sum((coarse_map(jnp.maximum(s - 1, 0), (h, w)) for s in problem.scores(image)), jnp.zeros((h, w)))
 
-    before, after = jax.lax.map(excess_map, jnp.stack([problem.x, jnp.where(mask[..., None], n, problem.x)]))
+    before, after = jax.vmap(excess_map)(jnp.stack([problem.x, jnp.where(mask[..., None], n, problem.x)]))
     return scaled(after / jnp.maximum(before, 1e-6), (mask.shape[0], mask.shape[1]))
 
 

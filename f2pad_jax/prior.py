@@ -11,6 +11,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
+_GAIN = 1e-4
+"""Natural units a pixel by which a round must raise the bound; held-out pixels gain nothing from the rounds after."""
+
 
 class PixelPrior(eqx.Module):
     """Means and whitening matrices of the mixture; its weights are dropped, as the paper does, so rare colours count."""
@@ -54,7 +57,11 @@ def fit_prior(
         seed: of the initial k-means.
     """
     mixture = BayesianGaussianMixture(
-        n_components=min(num_components, len(pixels)), reg_covar=floor**2, random_state=seed, max_iter=500, tol=1e-2
+        n_components=min(num_components, len(pixels)),
+        reg_covar=floor**2,
+        random_state=seed,
+        max_iter=500,
+        tol=_GAIN * len(pixels),  # its bound is the sum over all pixels
     )
     # a second BLAS thread only waits, on a busy machine for most of the time
     with threadpool_limits(1), warnings.catch_warnings():  # means and widths are long settled when the bound still creeps

@@ -36,9 +36,15 @@ def texture():
     return load_texture("brick", size=SIZE, num_train=6, num_test=3)
 
 
+@pytest.fixture(scope="session")
+def shallow_backbone():
+    """The stages of strides 4 and 8: smaller programs."""
+    return load_backbone("efficientnet-lite0", layers=("stage2", "stage3"))
+
+
 @pytest.fixture(scope="module")
-def detector(texture, backbone):
-    return fit(PatchCore, texture.train, backbone, size=(SIZE, SIZE))
+def detector(texture, shallow_backbone):
+    return fit(PatchCore, texture.train, shallow_backbone, size=(SIZE, SIZE))
 
 
 def smooth_image(seed, size=64):

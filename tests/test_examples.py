@@ -90,9 +90,9 @@ def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp
     assert after > 0.4 and after > before + 0.1
 
 
-def test_a_solver_of_ones_own_is_less_than_40_lines_and_refines(solver_example, texture, backbone):
+def test_a_solver_of_ones_own_is_less_than_40_lines_and_refines(solver_example, texture, shallow_backbone):
     assert len(inspect.getsource(solver_example.SignDescent).splitlines()) < 40
-    detector = fit(PatchCore, texture.train, backbone, size=(SIDE, SIDE), num_components=2)
+    detector = fit(PatchCore, texture.train, shallow_backbone, size=(SIDE, SIDE), num_components=2)
     test = texture.test[0]
     settings = Settings(solver=solver_example.SignDescent(), max_steps=50)
     found = jax.tree.map(np.asarray, refine(detector, test.image, settings=settings))

@@ -218,7 +218,10 @@ def test_two_devices_give_what_one_gives():
     done = subprocess.run(
         [sys.executable, "-c", TWO_DEVICES],
         env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parent)},
+        | {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
         capture_output=True,
         text=True,
         check=False,

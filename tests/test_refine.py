@@ -162,9 +162,9 @@ def test_every_kind_of_array_gives_the_same(detector, images, result, kind):
     np.testing.assert_array_equal(np.asarray(refine(detector, same).mask), result.mask[0])
 
 
-def test_masks_have_the_resolution_of_the_image(backbone):
+def test_masks_have_the_resolution_of_the_image(shallow_backbone):
     large = load_texture("grass", size=256, num_train=6, num_test=1)
-    detector = fit(PatchCore, large.train, backbone, size=(128, 128))
+    detector = fit(PatchCore, large.train, shallow_backbone, size=(128, 128))
     image, truth = large.test[0].image, large.test[0].mask
     out = jax.tree.map(np.asarray, refine(detector, image, settings=Settings(max_steps=60, restore_steps=0)))
     assert out.mask.shape == out.coarse_map.shape == out.region.shape == truth.shape
