@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from f2pad_jax.checkpoints import cache_folder
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.errors import CheckpointError, F2padError, ImageError, OptionError
 from f2pad_jax.inpaint import INPAINTERS
+
+EVERY = 10.0
+"""Least seconds between two lines of progress where there is no terminal for a bar."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -510,8 +514,12 @@ def _use_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def _progress(*, sizes: bool = False) -> Iterator:
-    """A progress bar on standard error, of counts or of sizes in bytes; yields a function of (stage, done, total)."""
+    """A progress bar on standard error, of counts or of sizes in bytes; yields a function of (stage, done, total).
+
+    In a file or a pipe, a line at most every :data:`EVERY` seconds.
+    """
     from rich.console import Console
+    from rich.filesize import decimal
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -523,6 +531,20 @@ def _progress(*, sizes: bool = False) -> Iterator:
         TransferSpeedColumn,
     )
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def say(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                count = f"{decimal(done)} of {decimal(total)}" if sizes else f"{done}/{total}"
+                print(f"{time.strftime('%H:%M:%S')} {stage} {count}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<22}"),
@@ -530,7 +552,7 @@ def _progress(*, sizes: bool = False) -> Iterator:
         *((DownloadColumn(), TransferSpeedColumn()) if sizes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=console) as bars:
         tasks: dict = {}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -6,7 +7,7 @@ import PIL.Image
 import pytest
 from conftest import SIZE
 
-from f2pad_jax import CFlow, PaDiM, files, load_detector
+from f2pad_jax import CFlow, PaDiM, cli, files, load_detector
 from f2pad_jax.cli import main
 
 
@@ -156,6 +157,19 @@ def test_bad_folders_to_fit(tmp_path, normal_folder, capsys):
     assert "folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path)
     assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", 100)
     assert not model.exists()
+
+
+def test_progress_is_lines_where_there_is_no_terminal(flat_folder, tmp_path, capsys, monkeypatch):
+    def fit():
+        small = ["--size", "64", "--layers", "stage1", "--method", "padim", "--option", "num_channels=4"]
+        assert main(["fit", str(flat_folder), "--out", str(tmp_path / "x.model"), *small]) == 0
+        return capsys.readouterr().err.splitlines()
+
+    monkeypatch.setattr(cli, "EVERY", 1e6)
+    assert fit() == []
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    lines = fit()
+    assert len(lines) > 3 and all(re.fullmatch(r"\d\d:\d\d:\d\d \D.* \d+/\d+", line) for line in lines)
 
 
 def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
