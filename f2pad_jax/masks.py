@@ -64,16 +64,16 @@ class Mixture(AbstractDecision):
     splits the region in two, as a pasted colour does, the Gaussians are far apart and it decides to the pixel; where it
     does not, they coincide and the map decides. No threshold, and nothing to calibrate.
 
-    It starts twice, from the map's odds and from the residual of n alone, cut in two, and the second counts where it has
-    the greater evidence. A map that is a ring around a large defect, whose inside looks ordinary, holds the first fast;
-    where the residual shows but a part of the defect, the evidence speaks against the second.
+    It starts twice, from the map's odds and from the residual of n alone, cut in two. A map that is a ring around a large
+    defect, whose inside looks ordinary, or a blob around a thin scratch, holds the first fast; the second may see but a
+    part of the defect. So both masks are tried: x with only the mask replaced by n must look normal to the network. The
+    one that takes more of the scores for its size is the mask.
 
     A residual is the least distance of a pixel of x to those of n around it, so that structure restored a pixel or two
     from its place is no anomaly.
 
-    Then the mask is tried: x with only the mask replaced by n must look normal to the network. Where the scores stay as
-    they were although the coarse map stands out, the residual has missed a part, as it does where a glaring part of a
-    defect passes for all of it, and the map decides.
+    Where the scores stay as they were although the coarse map stands out, the residual has missed a part, as it does where
+    a glaring part of a defect passes for all of it, and the map decides.
     """
 
     steepness: Scalar = 3.0
@@ -90,20 +90,22 @@ class Mixture(AbstractDecision):
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
     """Rounds of expectation-maximisation, static."""
-    margin: Scalar = 0.03
-    """By how much, in natural units a pixel, the second start's evidence must be greater."""
-
-    missed: Scalar = 0.8
+    occam: Scalar = 0.25
+    """Logarithm of the share of the scores that a mask must take more to be larger by a factor e."""
+    missed: Scalar = 0.7
     """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Where the posterior exceeds one half and what that missed, opened, with what they enclose."""
-        found = filled(self.posterior(evidence) > 0.5)  # tried as it is: specks too small for the opening explain scores
+        """Where the posterior exceeds one half and what that missed, opened 2x2, with what they enclose."""
+        found = jax.vmap(filled)(self.posteriors(evidence) > 0.5)
+        in_all, around = unexplained(evidence, found)  # before the opening: specks too small for it explain scores
+        size = jnp.maximum(jnp.sum(found, axis=(1, 2)), 1)
+        chosen = jnp.argmax(jnp.log(jnp.maximum(1 - in_all, 1e-3)) - self.occam * jnp.log(size))
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
-        return filled(opened(found) | opened(plain & (unexplained(evidence, found) > self.missed)))
+        return filled(opened(found[chosen] | (plain & (around[chosen] > self.missed)), 2))
 
-    def posterior(self, evidence: Evidence) -> Float[Array, "h w"]:
-        """The probability of an anomaly; 0 outside the region."""
+    def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
+        """The probability of an anomaly, 0 outside the region, from either start."""
         problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
         residuals = jax.lax.map(lambda m: tolerant_residual(x, m, self.tolerance), jnp.stack([n0, n]))
@@ -120,22 +122,14 @@ class Mixture(AbstractDecision):
             square = (vv * u**2 - 2 * uv * u * v + uu * v**2) / determinant
             return -0.5 * (square + jnp.log(determinant))
 
-        def separated(q: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
-            """Where this one leads, and the evidence: the residuals' log-likelihood a pixel, under the map's odds."""
-
-            def update(_, carry):
-                q, *_ = carry
-                anomalous, normal = log_density(region * q), log_density(region * (1 - q))
-                odds = prior + anomalous - normal + self.coupling * smoothed(2 * q - 1, self.sigma)
-                likelihood = jnp.logaddexp(jax.nn.log_sigmoid(prior) + anomalous, jax.nn.log_sigmoid(-prior) + normal)
-                return region * jax.nn.sigmoid(odds), jnp.sum(region * likelihood) / jnp.maximum(jnp.sum(region), 1)
-
-            return jax.lax.fori_loop(0, self.num_steps, update, (q, jnp.zeros(())))
+        def update(_, q: Float[Array, "h w"]) -> Float[Array, "h w"]:
+            anomalous, normal = log_density(region * q), log_density(region * (1 - q))
+            odds = prior + anomalous - normal + self.coupling * smoothed(2 * q - 1, self.sigma)
+            return region * jax.nn.sigmoid(odds)
 
         high = of_n > two_means(of_n, region)
         starts = jnp.stack([jax.nn.sigmoid(prior), jnp.where(high, 0.99, 0.01)])
-        (by_map, by_residual), evidence_of = jax.lax.map(separated, region * starts)
-        return jnp.where(evidence_of[1] > evidence_of[0] + self.margin, by_residual, by_map)
+        return jax.lax.map(lambda q: jax.lax.fori_loop(0, self.num_steps, update, q), region * starts)
 
 
 def two_means(values: Float[Array, "h w"], weight: Float[Array, "h w"], num_steps: int = 10) -> Float[Array, ""]:
@@ -150,16 +144,19 @@ def two_means(values: Float[Array, "h w"], weight: Float[Array, "h w"], num_step
     return jax.lax.fori_loop(0, num_steps, update, mean(weight))
 
 
-def unexplained(evidence: Evidence, mask: Bool[Array, "h w"]) -> Float[Array, "h w"]:
-    """The share of the excess scores (above 1) of x that is left around each pixel once the mask is replaced by n."""
+def unexplained(evidence: Evidence, masks: Bool[Array, "k h w"]) -> tuple[Float[Array, " k"], Float[Array, "k h w"]]:
+    """The share of the excess scores (above 1) of x left once a mask is replaced by n: in all, and around each pixel."""
     problem, _, n, *_ = evidence
 
-    def excess_map(image: Float[Array, "h w 3"]) -> Float[Array, "_h _w"]:
+    def excess(image: Float[Array, "h w 3"]) -> tuple[Float[Array, ""], Float[Array, "_h _w"]]:
         h, w, _ = jax.eval_shape(problem.view, image).shape
-        return sum((coarse_map(jnp.maximum(s - 1, 0), (h, w)) for s in problem.scores(image)), jnp.zeros((h, w)))
+        above = [jnp.maximum(s - 1, 0) for s in problem.scores(image)]
+        in_all = sum((jnp.sum(a * s) for a, s in zip(problem.affected, above, strict=True)), jnp.zeros(()))
+        return in_all, sum((coarse_map(s, (h, w)) for s in above), jnp.zeros((h, w)))
 
-    before, after = jax.vmap(excess_map)(jnp.stack([problem.x, jnp.where(mask[..., None], n, problem.x)]))
-    return scaled(after / jnp.maximum(before, 1e-6), (mask.shape[0], mask.shape[1]))
+    images = jnp.concatenate([problem.x[None], jnp.where(masks[..., None], n, problem.x)])
+    in_all, around = (values[1:] / jnp.maximum(values[0], 1e-6) for values in jax.vmap(excess)(images))
+    return in_all, jax.vmap(lambda share: scaled(share, (masks.shape[1], masks.shape[2])))(around)
 
 
 def tolerant_residual(x: Float[Array, "h w 3"], n: Float[Array, "h w 3"], radius: int) -> Float[Array, "h w"]:

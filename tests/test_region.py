@@ -71,6 +71,15 @@ def test_opened_equals_scipys_three_by_three_opening(masks):
     check(opened, lambda m: scipy_dilate(scipy_erode(m, 1), 1), masks)
 
 
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_opened_equals_scipys_opening_by_other_squares(masks, side):
+    def by_scipy(mask):
+        wide, inner = np.pad(mask, side // 2, constant_values=True), slice(side // 2, side // 2 + SIDE)
+        return scipy.ndimage.binary_opening(wide, np.ones((side, side)))[inner, inner]
+
+    check(functools.partial(opened, side=side), by_scipy, masks)
+
+
 def test_opened_removes_dots_and_thin_lines_and_keeps_blocks():
     mask = np.zeros((SIDE, SIDE), bool)
     mask[3, 3] = mask[10, 4:30] = mask[15:17, 4:30] = True
