@@ -91,7 +91,7 @@ class Mixture(AbstractDecision):
     num_steps: int = eqx.field(static=True, default=15)
     """Rounds of expectation-maximisation, static."""
     occam: Scalar = 0.25
-    """Logarithm of the share of the scores that a mask must take more to be larger by a factor e."""
+    """By how much the logarithm of the share of the scores that a mask takes must grow for one larger by a factor e."""
     missed: Scalar = 0.7
     """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
 
@@ -150,8 +150,7 @@ def unexplained(evidence: Evidence, masks: Bool[Array, "k h w"]) -> tuple[Float[
 
     def excess(image: Float[Array, "h w 3"]) -> tuple[Float[Array, ""], Float[Array, "_h _w"]]:
         h, w, _ = jax.eval_shape(problem.view, image).shape
-        above = [jnp.maximum(s - 1, 0) for s in problem.scores(image)]
-        in_all = sum((jnp.sum(a * s) for a, s in zip(problem.affected, above, strict=True)), jnp.zeros(()))
+        above, in_all = problem.excess(image)
         return in_all, sum((coarse_map(s, (h, w)) for s in above), jnp.zeros((h, w)))
 
     images = jnp.concatenate([problem.x[None], jnp.where(masks[..., None], n, problem.x)])

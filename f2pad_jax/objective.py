@@ -98,6 +98,11 @@ class Problem(eqx.Module):
         seen = self.view(image)
         return self.detector.scores(seen, self.detector.refresh(seen, self.where))
 
+    def excess(self, image: Float[Array, "h w 3"]) -> tuple[tuple[Float[Array, "_h_k _w_k"], ...], Float[Array, ""]]:
+        """The scores above the ordinary level 1, and their sum over the affected positions: the evidence against it."""
+        above = tuple(jnp.maximum(s - 1, 0) for s in self.scores(image))
+        return above, sum((jnp.sum(a * s) for a, s in zip(self.affected, above, strict=True)), jnp.zeros(()))
+
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """The four terms at n."""
         return Terms(
@@ -137,8 +142,7 @@ def sparsity_weight(problem: Problem, n0: Float[Array, "h w 3"], sparsity: Scala
     Departure: the paper takes β0 / Σm0 with β0 tuned per category; where m0 has found a third of a defect, that β is three
     times too large and n returns to x. ``Settings.beta0`` selects :func:`paper_weight`.
     """
-    scores = problem.scores(problem.x)
-    evidence = sum(jnp.sum(a * jnp.maximum(s - 1, 0)) for a, s in zip(problem.affected, scores, strict=True))
+    _, evidence = problem.excess(problem.x)
     span = problem.sparsity(n0) - problem.sparsity(problem.x)
     return sparsity * evidence / jnp.maximum(span, 1.0)
 

@@ -17,11 +17,13 @@ WINDOWS = (64, 96, 128, 160, 192)
 
 def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
     """Dilation by a (2·radius+1)² square."""
-    if radius == 0:
-        return mask
-    size = 2 * radius + 1
-    for window in ((size, 1), (1, size)):
-        mask = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), "SAME")
+    return mask if radius == 0 else _touched(mask, 2 * radius + 1, radius)
+
+
+def _touched(mask: Bool[Array, "h w"], side: int, beyond: int) -> Bool[Array, "_h _w"]:
+    """Which side² squares have a set pixel, of all that reach at most ``beyond`` pixels beyond the image."""
+    for window, pads in (((side, 1), ((beyond, beyond), (0, 0))), ((1, side), ((0, 0), (beyond, beyond)))):
+        mask = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), pads)
     return mask
 
 
@@ -35,11 +37,8 @@ def opened(mask: Bool[Array, "h w"], side: int = 3) -> Bool[Array, "h w"]:
 
     What lies beyond the border counts as set, for squares no more than half of which lie there.
     """
-    for pad in (side // 2, (side - 1) // 2):  # there is no room for a square; there is a square that has room
-        mask = ~mask
-        for window, padding in (((side, 1), ((pad, pad), (0, 0))), ((1, side), ((0, 0), (pad, pad)))):
-            mask = jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), padding)
-    return mask
+    fits = ~_touched(~mask, side, side // 2)
+    return _touched(fits, side, (side - 1) // 2)
 
 
 def closed(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
