@@ -1,10 +1,10 @@
 """Lanes against other ways to refine many images: ``python benchmarks/lanes.py FOLDER ... [--weights FILE] [--images N]``.
 
-Images are the defective ones of ``test`` of folders in MVTec layout, spread evenly over them, with PatchCore.
-Compared, each compiled before and timed once more, taking turns: one image at a time (``refine`` in a loop), lanes
-(``refine_many`` with one and with several lanes), and one ``vmap`` of all images at once, which runs every image in
-the whole frame until the slowest is done. Printed: images a second, steps, peak memory of the process after each, and
-how many masks differ from those of one at a time.
+Images are those of ``test`` of folders in MVTec layout, the defective ones first, spread evenly over them, with PatchCore.
+Compared, one after another: one image at a time (``refine`` in a loop), lanes (``refine_many`` with one and with several
+lanes, and with one in the reverse order), and one ``vmap`` of all images at once, which runs every image in the whole frame
+until the slowest is done. Printed: images a second without compiling, seconds spent compiling, steps, peak memory of the
+process after each, and how many masks differ from those of one at a time.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import f2pad_jax
 from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import open_category, spread
 from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.timing import compile_seconds
 from f2pad_jax.units import resized, to_unit
 
 
@@ -34,6 +35,7 @@ def ways(detector, images, num_lanes: int):
         "one at a time": lambda: [f2pad_jax.refine(detector, image, inpaint="exemplar", lanes=1) for image in images],
         "1 lane": many(1),
         f"{num_lanes} lanes": many(num_lanes),
+        "1 lane, reversed": lambda: list(f2pad_jax.refine_many(detector, images[::-1], inpaint="exemplar", lanes=1))[::-1],
         "vmap of all": lambda: _split(vmapped(detector, jnp.asarray(images))),
     }
 
@@ -52,7 +54,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--without", nargs="*", default=[], help="ways to leave out")
     arguments = parser.parse_args()
     size = (arguments.size, arguments.size)
@@ -61,35 +62,27 @@ def main() -> None:
     for folder in arguments.folders:
         category = open_category(folder)
         detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(p) for p in category.train], backbone, size=size)
-        chosen = spread([sample for sample in category.test if sample.mask], arguments.images)
+        defective = spread([sample for sample in category.test if sample.mask], arguments.images)
+        good = spread([sample for sample in category.test if not sample.mask], arguments.images - len(defective))
+        chosen = defective + good
         images = np.stack([np.asarray(resized(to_unit(read_image(sample.path)), size)) for sample in chosen])
-        times: dict[str, float] = {}
-        masks: dict[str, list] = {}
-        for turn in range(arguments.turns + 1):
-            for name, way in ways(detector, images, arguments.lanes).items():
-                if name in arguments.without:
-                    continue
-                began = time.perf_counter()
-                results = jax.block_until_ready(way())
-                took = time.perf_counter() - began
-                if not turn:
-                    steps = np.array([int(result.steps) for result in results])
-                    masks[name] = [np.asarray(result.mask) for result in results]
-                    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-                    print(
-                        f"  {folder.name} {name}: {took:.0f} s with compiling, steps {np.percentile(steps, [0, 50, 100])}, "
-                        f"{peak:.1f} GiB at most so far",
-                        flush=True,
-                    )
-                else:
-                    times[name] = min(took, times.get(name, np.inf))
-        first = masks[next(iter(masks))]
-        for name, took in times.items():
-            pairs = zip(first, masks[name], strict=True)
-            alike = [iou(one, other) if one.any() or other.any() else 1.0 for one, other in pairs]
+        print(f"{folder.name}: {len(defective)} images with a defect, {len(chosen) - len(defective)} without", flush=True)
+        first: list[np.ndarray] = []
+        for name, way in ways(detector, images, arguments.lanes).items():
+            if name in arguments.without:
+                continue
+            began, compiled = time.perf_counter(), compile_seconds()
+            results = jax.block_until_ready(way())
+            compiling = compile_seconds() - compiled
+            took = time.perf_counter() - began - compiling
+            masks = [np.asarray(result.mask) for result in results]
+            first = first or masks
+            alike = [iou(a, b) if a.any() or b.any() else 1.0 for a, b in zip(first, masks, strict=True)]
+            steps = np.percentile([int(result.steps) for result in results], [0, 50, 100]).astype(int)
             print(
-                f"{folder.name:10} {name:14} {len(images) / took:7.3f} images/s; {sum(a < 1 for a in alike)} of "
-                f"{len(alike)} masks differ, mean IoU with them {np.mean(alike):.4f}",
+                f"  {name:16} {len(images) / took:7.3f} images/s, compiling {compiling:3.0f} s, steps {steps}, "
+                f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most so far; "
+                f"{sum(a < 1 for a in alike)} of {len(alike)} masks differ, mean IoU {np.mean(alike):.4f}",
                 flush=True,
             )
 

@@ -73,7 +73,7 @@ class Mixture(AbstractDecision):
     from its place is no anomaly.
 
     Where the scores stay as they were although the coarse map stands out, the residual has missed a part, as it does where
-    a glaring part of a defect passes for all of it, and the map decides.
+    a glaring part of a defect passes for all of it. That is tried as well, and belongs to the mask where it takes the scores.
     """
 
     steepness: Scalar = 3.0
@@ -93,7 +93,8 @@ class Mixture(AbstractDecision):
     occam: Scalar = 0.25
     """By how much the logarithm of the share of the scores that a mask takes must grow for one larger by a factor e."""
     missed: Scalar = 0.7
-    """Share of a pixel's excess score that is left when the mask is replaced, above which the mask has missed it."""
+    """Share of a pixel's excess score that is left when the mask is replaced, above which the mask may have missed it, and
+    of that the share below which replacing what it has missed too must bring it."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
         """Where the posterior exceeds one half and what that missed, opened 2x2, with what they enclose."""
@@ -102,7 +103,9 @@ class Mixture(AbstractDecision):
         size = jnp.maximum(jnp.sum(found, axis=(1, 2)), 1)
         chosen = jnp.argmax(jnp.log(jnp.maximum(1 - in_all, 1e-3)) - self.occam * jnp.log(size))
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
-        return filled(opened(found[chosen] | (plain & (around[chosen] > self.missed)), 2))
+        missed = plain & (around[chosen] > self.missed)
+        _, (left,) = unexplained(evidence, (found[chosen] | missed)[None])
+        return filled(opened(found[chosen] | (missed & (left < self.missed * around[chosen])), 2))
 
     def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
         """The probability of an anomaly, 0 outside the region, from either start."""

@@ -12,8 +12,8 @@ from f2pad_jax.smoothing import smoothed
 SIZE = 48
 
 
-def problem(x, region):
-    return Problem.make(MeanColour(jnp.zeros(3), calibration()), jnp.asarray(x), jnp.asarray(region), None)
+def problem(x, region, scale=1.0):
+    return Problem.make(MeanColour(jnp.zeros(3), calibration(scale)), jnp.asarray(x), jnp.asarray(region), None)
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def test_a_map_that_is_a_ring_does_not_hide_the_inside_of_a_patch(rng, region):
 
 
 def test_a_glaring_part_does_not_stand_for_the_whole(rng, region, excess):
-    """The residual alone would take the bright bit and nothing else, which leaves the scores around it as they are."""
+    """The residual alone would take the speckles and nothing else, which leaves the scores as they are."""
     disc, n = (excess > 1) & region, np.zeros((SIZE, SIZE, 3), np.float32)
     x = 0.05 * rng.standard_normal(n.shape).astype(np.float32) + 1.2 * np.asarray(disc)[..., None]
-    n += 1.19 * np.asarray(disc)[..., None]  # the solver found little to change there
-    x[20:23, 20:28] += 1.5
-    evidence = Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess)
+    n += 1.185 * np.asarray(disc)[..., None]  # the solver found little to change there
+    x[20:24, 20:28] += 1.5 * (-1.0) ** np.indices((4, 8)).sum(0)[..., None]  # of the same mean
+    evidence = Evidence(problem(x, region, 4.13), jnp.asarray(n), jnp.asarray(n), excess)
     _, by_residual = Mixture().posteriors(evidence) > 0.5
     assert iou(Mixture()(Descent(), evidence), disc) > 0.4 > 0.15 > iou(by_residual, disc)
 
@@ -182,22 +182,25 @@ def test_masks_of_a_batch_equal_those_alone(rng, region, excess):
         np.testing.assert_allclose(jax.jit(posteriors)(x, n), found, atol=1e-4)
 
 
-def test_what_the_residual_missed_is_left_to_the_map(rng, region):
+@pytest.mark.parametrize("changed", [0.03, 0.01])
+def test_what_the_residual_missed_is_added_where_it_takes_scores(rng, region, changed):
     """A defect of two parts, one glaring, one hardly off normal in the pixels yet as plain as the other to the network."""
     glaring, faint = np.zeros((2, SIZE, SIZE), bool)
     glaring[12:20, 12:20] = faint[28:36, 28:36] = True
     n = 0.02 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
-    x = jnp.asarray(n + 3.0 * glaring[..., None] + 0.02 * rng.standard_normal(n.shape).astype(np.float32))
+    x = jnp.asarray(n + 2.0 * glaring[..., None] + 0.02 * rng.standard_normal(n.shape).astype(np.float32))
     x = jnp.where(faint[..., None], 0.7, x)
     both = np.asarray(smoothed(jnp.asarray(glaring | faint, jnp.float32), 2.0))
-    n = jnp.where(faint[..., None], 0.69, n)  # the solver found little to change there
-    evidence = Evidence(problem(x, region), n, n, jnp.asarray(2 * both), jnp.asarray(0.4))
+    n = jnp.where(faint[..., None], 0.7 - changed, n)  # the solver found little to change there
+    evidence = Evidence(problem(x, region, 1.3), n, n, jnp.asarray(2 * both), jnp.asarray(0.4))
     in_all, around = unexplained(evidence, jnp.stack([jnp.asarray(glaring), jnp.asarray(region)]))
     left = np.asarray(around[0])
     assert 0.01 < in_all[0] < 0.5 and in_all[1] <= in_all[0] and np.asarray(around[1])[glaring].max() < 0.5
     assert left[glaring].max() < 0.5 and left[faint].min() > 0.9
     assert iou(Mixture(missed=np.inf)(Descent(), evidence), glaring) > 0.9
-    assert iou(Mixture()(Descent(), evidence), glaring | faint) > 0.75
+    after = np.asarray(unexplained(evidence, jnp.asarray(glaring | faint)[None])[1])[0, 30:34, 30:34]
+    assert after.max() < 0.5 if changed == 0.03 else after.min() > 0.75
+    assert iou(Mixture()(Descent(), evidence), glaring | faint if changed == 0.03 else glaring) > 0.75
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
