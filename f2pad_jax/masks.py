@@ -73,7 +73,7 @@ class Mixture(AbstractDecision):
     from its place is no anomaly.
 
     Where the scores stay as they were although the coarse map stands out, the residual has missed a part, as it does where
-    a glaring part of a defect passes for all of it. That is tried as well, and belongs to the mask where it takes the scores.
+    a glaring part of a defect passes for all of it. That is tried as well, and is kept where it takes scores.
     """
 
     steepness: Scalar = 3.0

@@ -1,0 +1,80 @@
+"""One process, two devices, two Ray workers: ``python benchmarks/scaling.py FOLDER [--weights FILE] [--images N]``.
+
+FOLDER is in MVTec layout. A PatchCore is fitted, and ``f2pad refine`` run on images of ``test``, the defective ones first:
+in one process, which has all cores; in one process to which XLA shows two CPU devices; and by two ``--ray`` workers, which
+share the cores out. Each once to compile, with a cache on disk, then once more from a fresh process. Printed: seconds of
+the second from images to files, without loading the model, but with starting the workers and loading programs; images a
+second; and how many masks differ from those of the first.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import f2pad_jax
+from f2pad_jax.data.images import read_image
+from f2pad_jax.data.mvtec import open_category, spread
+
+WAYS: dict[str, tuple[list[str], str]] = {
+    "one process": ([], ""),
+    "two devices": ([], "--xla_force_host_platform_device_count=2"),
+    "two Ray workers": (["--ray", "2"], ""),
+}
+"""What is added to the command, and to ``XLA_FLAGS``."""
+
+
+def main() -> None:
+    """Fit, refine every way, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
+    parser.add_argument("--weights")
+    parser.add_argument("--images", type=int, default=24)
+    arguments = parser.parse_args()
+    category = open_category(arguments.folder)
+    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
+    detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(path) for path in category.train], backbone)
+    defective = [sample.path for sample in spread([s for s in category.test if s.mask], arguments.images)]
+    good = [sample.path for sample in spread([s for s in category.test if not s.mask], arguments.images - len(defective))]
+    print(
+        f"JAX {jax.__version__}, {os.cpu_count()} cores; {len(defective)} images with a defect, {len(good)} without",
+        flush=True,
+    )
+    with contextlib.ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        f2pad_jax.save_detector(temporary / "detector.model", detector)
+        weights = ["--weights", arguments.weights] if arguments.weights else []
+        first: list[np.ndarray] = []
+        for way, (options, flags) in WAYS.items():
+            for turn in range(2):
+                out = temporary / f"{way} {turn}"
+                command = [sys.executable, "-m", "f2pad_jax.cli", "refine", str(temporary / "detector.model")]
+                command += [*map(str, defective + good), "--out", str(out), *weights, *options]
+                variables = {
+                    "JAX_COMPILATION_CACHE_DIR": str(temporary / "programs"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                }
+                subprocess.run(command, check=True, env=os.environ | variables, stdout=subprocess.DEVNULL)
+            results = json.loads((out / "results.json").read_text())
+            masks = [read_image(out / image["mask"]) for image in results["images"]]
+            first = first or masks
+            differ = sum(not np.array_equal(a, b) for a, b in zip(first, masks, strict=True))
+            rate = len(masks) / results["seconds"]
+            print(
+                f"{way:16} {results['seconds']:6.1f} s, {rate:.3f} images/s; {differ} of {len(masks)} masks differ",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
