@@ -63,7 +63,7 @@ def posed(detector, image, side):
 
 
 def fastest(runs, turns):
-    """ms a step of each, of turns taken by each."""
+    """Milliseconds a step of each, of turns taken by each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, (function, *inputs) in runs.items():
