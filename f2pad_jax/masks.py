@@ -98,14 +98,20 @@ class Mixture(AbstractDecision):
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
         """Where the posterior exceeds one half and what that missed, opened 2x2, with what they enclose."""
-        found = jax.vmap(filled)(self.posteriors(evidence) > 0.5)
-        in_all, around = unexplained(evidence, found)  # before the opening: specks too small for it explain scores
-        size = jnp.maximum(jnp.sum(found, axis=(1, 2)), 1)
-        chosen = jnp.argmax(jnp.log(jnp.maximum(1 - in_all, 1e-3)) - self.occam * jnp.log(size))
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
-        missed = plain & (around[chosen] > self.missed)
-        _, (left,) = unexplained(evidence, (found[chosen] | missed)[None])
-        return filled(opened(found[chosen] | (missed & (left < self.missed * around[chosen])), 2))
+
+        def tried(masks: Bool[Array, "2 h w"], _):
+            """Masks, what each leaves around a pixel; the better of them, without and with what it missed, comes next."""
+            in_all, around = unexplained(evidence, masks)
+            size = jnp.maximum(jnp.sum(masks, axis=(1, 2)), 1)
+            chosen = jnp.argmax(jnp.log(jnp.maximum(1 - in_all, 1e-3)) - self.occam * jnp.log(size))
+            missed = plain & (around[chosen] > self.missed)
+            return jnp.stack([masks[chosen], masks[chosen] | missed]), (masks, around)
+
+        found = jax.vmap(filled)(self.posteriors(evidence) > 0.5)  # not opened yet: specks too small for it explain scores
+        _, (masks, around) = jax.lax.scan(tried, found, length=2)  # a loop: the network is compiled once
+        (one, more), (before, after) = masks[1], around[1]
+        return filled(opened(one | (more & (after < self.missed * before)), 2))
 
     def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
         """The probability of an anomaly, 0 outside the region, from either start."""
