@@ -75,7 +75,7 @@ def worker(
     """Work in this process, on all its devices."""
 
     def work(tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
-        results = refine_many(detector, (path for path, _ in tasks), inpaint=inpaint, lanes=lanes)
+        results = refine_many(detector, [path for path, _ in tasks], inpaint=inpaint, lanes=lanes)
         for (path, name), result in zip(tasks, results, strict=True):
             if history:
                 way = f2pad_jax.history(detector, read_image(path), inpaint=inpaint)

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -358,14 +358,14 @@ def stream(
     inpaint: Inpainter,
     num_lanes: int | None,
     devices: Sequence[Any] = (),
-    most: int | None = None,
 ) -> Iterator[Refined]:
     """Results as NumPy arrays, in the order of ``source``; one thread serves each device (none given: the default one).
 
     At most :data:`AHEAD` images a lane are taken in before the first of them is handed out. Where their number isn't given,
-    there are ``most`` lanes at most (default: :data:`MOST_LANES`).
+    there are no more lanes than :data:`MOST_LANES`, nor many more than images, if ``source`` says how many there are.
     """
-    most = most or MOST_LANES
+    count = max(len(source), 1) if isinstance(source, Sized) else MOST_LANES
+    most = min(MOST_LANES, 1 << (count - 1).bit_length())  # few numbers, so few programs
     servers: list[Any] = list(devices) or [jax.config.values["jax_default_device"]]
     cpu = (devices[0].platform if devices else jax.default_backend()) == "cpu"
     room = threading.Semaphore(AHEAD * (num_lanes or (1 if cpu else most)) * len(servers))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Shaped
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import OptionError
 from f2pad_jax.inpaint import Inpainter, choose
-from f2pad_jax.lanes import MOST_LANES, stream
+from f2pad_jax.lanes import stream
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome
 from f2pad_jax.units import to_unit
@@ -74,8 +74,7 @@ def refine(
     else:
         several = []
         progress(0, len(batch))
-        most = min(MOST_LANES, 1 << (len(batch) - 1).bit_length())  # few numbers, so few programs
-        for result in stream(detector, batch, constants, inpainter, lanes, most=most):
+        for result in stream(detector, batch, constants, inpainter, lanes):
             several.append(result)
             progress(len(several), len(batch))
         results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)

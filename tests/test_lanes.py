@@ -147,6 +147,10 @@ def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
     monkeypatch.setattr(lanes_module, "memory", lambda device: 2**41)
     half = list(refine_many(detector, images))
     assert chosen == [4, 1, 2] and sizes[0] > sizes[1] > 0
+    monkeypatch.setattr(lanes_module, "memory", lambda device: None)
+    for some, lanes in ((images[:1], 1), (images[:2], 2), (images[:3], 4), (images, 4), (iter(images[:1]), 4)):
+        list(refine_many(detector, some))
+        assert chosen.pop() == lanes
     for one, *others in zip(roomy, tight, half, strict=True):
         assert one.mask.any() and all(iou(one.mask, other.mask) > 0.95 for other in others)
 
