@@ -12,6 +12,7 @@ from f2pad_jax.detectors.fit import fit as fit
 from f2pad_jax.detectors.padim import PaDiM as PaDiM
 from f2pad_jax.detectors.patchcore import PatchCore as PatchCore
 from f2pad_jax.errors import CheckpointError as CheckpointError
+from f2pad_jax.errors import DepthError as DepthError
 from f2pad_jax.errors import F2padError as F2padError
 from f2pad_jax.errors import ImageError as ImageError
 from f2pad_jax.errors import ModelError as ModelError

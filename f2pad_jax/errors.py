@@ -9,6 +9,10 @@ class CheckpointError(F2padError):
     """A weight file is missing, damaged, hostile, or not what it was taken for."""
 
 
+class DepthError(CheckpointError):
+    """A weight file ends before a layer that was asked for."""
+
+
 class ImageError(F2padError):
     """An image or a folder of images can't be used."""
 

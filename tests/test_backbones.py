@@ -8,7 +8,7 @@ import skimage.data
 from flax import nnx
 from golden.make_lite0_features import FILE, LAYERS, WINDOWS, picture, reference, score
 
-from f2pad_jax import CheckpointError, checkpoints, load_backbone
+from f2pad_jax import CheckpointError, DepthError, checkpoints, load_backbone
 from f2pad_jax.backbones import NETWORKS, Backbone, canonical_name, load_autoencoder
 from f2pad_jax.backbones.conversion import parameter_shapes
 from f2pad_jax.backbones.layers import Conv, Depthwise, Pointwise, max_pool, winograd_kernel
@@ -230,7 +230,7 @@ def test_weights_that_end_early_load_as_deep_as_they_go(tmp_path):
     path = random_weights("resnet18", tmp_path / "weights.safetensors", "layer3")
     assert load_backbone("resnet18", weights=path).layers == ("layer1", "layer2", "layer3")
     for layer in ("layer4", "logits"):
-        with pytest.raises(CheckpointError, match=rf"weights of resnet18 end before layer '{layer}'"):
+        with pytest.raises(DepthError, match=rf"weights of resnet18 end before layer '{layer}'"):
             load_backbone("resnet18", layers=("layer1", layer), weights=path)
 
 

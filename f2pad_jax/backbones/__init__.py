@@ -14,7 +14,7 @@ from f2pad_jax.backbones import efficientnet, mae, resnet, vit
 from f2pad_jax.backbones.conversion import convert, deepest
 from f2pad_jax.backbones.layers import Conv
 from f2pad_jax.backbones.network import Network
-from f2pad_jax.errors import CheckpointError
+from f2pad_jax.errors import CheckpointError, DepthError
 
 BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS}
 NETWORKS: dict[str, Network] = {**BACKBONES, **mae.NETWORKS}
@@ -81,6 +81,7 @@ def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: 
 
     Raises:
         CheckpointError: unknown name or layer, or the weights are missing, damaged or not this network's.
+        DepthError: the weights end before a layer.
     """
     name, network = canonical_name(name), find_network(name)
     layers = tuple(layers or network.default_layers)
@@ -130,7 +131,7 @@ def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.Grap
         key = ".".join(map(str, path))
         if key not in tensors:
             path = weights or checkpoints.cached_file(name)
-            raise CheckpointError(f"{path}: these weights of {name} end before layer '{through}' ('{key}' is missing)")
+            raise DepthError(f"{path}: these weights of {name} end before layer '{through}' ('{key}' is missing)")
         used[key] = tensors[key]
         filled.append((path, variable.replace(jnp.asarray(tensors[key]))))
     module = nnx.merge(graphdef, nnx.from_flat_state(filled))

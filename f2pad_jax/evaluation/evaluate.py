@@ -30,7 +30,7 @@ from f2pad_jax.data.textures import TEXTURES, write_textures
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
 from f2pad_jax.detectors.fit import fit
-from f2pad_jax.errors import CheckpointError, ImageError, OptionError
+from f2pad_jax.errors import DepthError, ImageError, OptionError
 from f2pad_jax.evaluation import metrics, peers
 from f2pad_jax.history import history
 from f2pad_jax.models import load_detector, save_detector
@@ -298,8 +298,8 @@ def deep_as_the_file(name: str, layers: tuple[str, ...], weights) -> Backbone:
     while True:
         try:
             return load_backbone(name, layers=layers, weights=weights)
-        except CheckpointError as error:
-            if weights is None or len(layers) == 1 or "end before layer" not in str(error):
+        except DepthError:
+            if weights is None or len(layers) == 1:
                 raise
             layers = layers[:-1]
 
