@@ -7,7 +7,6 @@ until the slowest is done. Printed: images a second without compiling, seconds s
 process after each, and how many masks differ from those of one at a time.
 """
 
-import argparse
 import resource
 import time
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fitted import command_line, defective_first, fitted
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category, spread
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.timing import compile_seconds
 from f2pad_jax.units import resized, to_unit
@@ -46,27 +45,19 @@ def _split(batch):
 
 def main() -> None:
     """Fit, refine every way, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, images=64)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
-    parser.add_argument("--weights")
-    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--without", nargs="*", default=[], help="ways to leave out")
     arguments = parser.parse_args()
-    size = (arguments.size, arguments.size)
-    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     for folder in arguments.folders:
-        category = open_category(folder)
-        detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(p) for p in category.train], backbone, size=size)
-        defective = spread([sample for sample in category.test if sample.mask], arguments.images)
-        good = spread([sample for sample in category.test if not sample.mask], arguments.images - len(defective))
+        category, detector = fitted(folder, arguments, arguments.size)
+        defective, good = defective_first(category, arguments.images)
         chosen = defective + good
-        images = np.stack([np.asarray(resized(to_unit(read_image(sample.path)), size)) for sample in chosen])
-        print(f"{folder.name}: {len(defective)} images with a defect, {len(chosen) - len(defective)} without", flush=True)
+        images = np.stack([np.asarray(resized(to_unit(read_image(sample.path)), detector.size)) for sample in chosen])
+        print(f"{folder.name}: {len(defective)} images with a defect, {len(good)} without", flush=True)
         first: list[np.ndarray] = []
         for name, way in ways(detector, images, arguments.lanes).items():
             if name in arguments.without:

@@ -5,7 +5,6 @@ image being one of its defects, a few steps each. Printed: the most memory of th
 what one more lane of each window takes.
 """
 
-import argparse
 import itertools
 import resource
 import time
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from fitted import command_line, fitted
 
 import f2pad_jax
 from f2pad_jax import Settings, region
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.inpaint import choose
 from f2pad_jax.lanes import enter
 from f2pad_jax.units import resized, to_unit
@@ -31,16 +30,10 @@ def peak() -> float:
 
 def main() -> None:
     """Fit, refine, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, images=1000)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
-    parser.add_argument("--weights")
-    parser.add_argument("--images", type=int, default=1000)
     arguments = parser.parse_args()
-    category = open_category(arguments.folder)
-    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
-    detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(path) for path in category.train], backbone)
+    category, detector = fitted(arguments.folder, arguments)
     defects = itertools.cycle([sample.path for sample in category.test if sample.mask])
     good = itertools.cycle(category.train)
     source = (next(defects) if k % 20 == 10 else next(good) for k in range(arguments.images))

@@ -7,8 +7,6 @@ the second from images to files, without loading the model, but with starting th
 second; and how many masks differ from those of the first.
 """
 
-import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -18,10 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from fitted import command_line, defective_first, fitted
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category, spread
 
 WAYS: dict[str, tuple[list[str], str]] = {
     "one process": ([], ""),
@@ -33,24 +31,17 @@ WAYS: dict[str, tuple[list[str], str]] = {
 
 def main() -> None:
     """Fit, refine every way, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, images=24)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
-    parser.add_argument("--weights")
-    parser.add_argument("--images", type=int, default=24)
     arguments = parser.parse_args()
-    category = open_category(arguments.folder)
-    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
-    detector = f2pad_jax.fit(f2pad_jax.PatchCore, [read_image(path) for path in category.train], backbone)
-    defective = [sample.path for sample in spread([s for s in category.test if s.mask], arguments.images)]
-    good = [sample.path for sample in spread([s for s in category.test if not s.mask], arguments.images - len(defective))]
+    category, detector = fitted(arguments.folder, arguments)
+    defective, good = defective_first(category, arguments.images)
     print(
         f"JAX {jax.__version__}, {os.cpu_count()} cores; {len(defective)} images with a defect, {len(good)} without",
         flush=True,
     )
-    with contextlib.ExitStack() as stack:
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
         f2pad_jax.save_detector(temporary / "detector.model", detector)
         weights = ["--weights", arguments.weights] if arguments.weights else []
         first: list[np.ndarray] = []
@@ -58,7 +49,7 @@ def main() -> None:
             for turn in range(2):
                 out = temporary / f"{way} {turn}"
                 command = [sys.executable, "-m", "f2pad_jax.cli", "refine", str(temporary / "detector.model")]
-                command += [*map(str, defective + good), "--out", str(out), *weights, *options]
+                command += [*(str(sample.path) for sample in defective + good), "--out", str(out), *weights, *options]
                 variables = {
                     "JAX_COMPILATION_CACHE_DIR": str(temporary / "programs"),
                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
