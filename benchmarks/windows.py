@@ -4,7 +4,8 @@ PatchCore with ResNet18 on a folder in MVTec layout, cut-paste defects (``cutpas
 mean IoU and seconds a solve (compiled before) in the window ``refine`` chooses and in the whole image, taking turns; then
 seconds of a hundred steps against the area of a round suspect region in the middle of an image, with a picture, and for a
 disc of one size, in pixels, in images of 224, 512 and 896 pixels: with detectors of those sizes, and with the one of 224.
-``--images 0`` leaves the first part out.
+Of the latter two also the seconds of what is not a step: first guess, first look at the detector's candidates, mask.
+``--parts`` leaves some out.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from f2pad_jax.region import WINDOWS, divided
 from f2pad_jax.units import resized, to_unit
 from f2pad_jax.window import look, solve_window
 
+PARTS = ("images", "areas", "resolutions")
+
 
 def seconds(function, *arguments, turns: int = 2) -> tuple[float, object]:
     """The fastest of some calls after one that compiles, and the result."""
@@ -44,9 +47,10 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     backbone = f2pad_jax.load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
-    train, defects = cut_paste(arguments.folder, arguments.images)
+    train, defects = cut_paste(arguments.folder, arguments.images if "images" in arguments.parts else 0)
     detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
     rows = []
     for image, truth in defects:
@@ -68,36 +72,46 @@ def main() -> None:
             f"{len(rows)} images: IoU {window:.3f} in {fast:.1f} s; whole image {whole:.3f} in {slow:.1f} s"
             f" ({slow / fast:.1f} times)"
         )
-    plot(detector, resized(to_unit(train[0]), detector.size), arguments.out)
-    resolutions(detector, train)
+    if "areas" in arguments.parts:
+        plot(detector, resized(to_unit(train[0]), detector.size), arguments.out)
+    if "resolutions" in arguments.parts:
+        resolutions(detector, train)
 
 
 _solve = eqx.filter_jit(solve_window)
 
 
-def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius: float) -> tuple[float, int, float]:
-    """For a disc in the middle of an image, radius in pixels of the detector's: seconds, the window's side, its share."""
-    settings = Settings(solver=Descent(tolerance=-1e9), max_steps=100, restore_steps=0)
-    coarse = look(detector, image, settings)
+def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius: float) -> tuple[float, float, int, float]:
+    """For a disc in the middle of an image, radius in pixels of the detector's.
+
+    Returns seconds of the steps and of the rest, the window's side, and the disc's share of the image.
+    """
+    coarse = look(detector, image, Settings())
     h, w = coarse.mask.shape
     disc = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2)) < radius
     marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jnp.asarray(disc),) * 2)
-    ((part, window),) = divided(disc, settings.margin, detector.stride, WINDOWS)
-    took, _ = seconds(_solve, detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
-    return took, window[0], float(disc.mean())
+    ((part, window),) = divided(disc, Settings().margin, detector.stride, WINDOWS)
+    times = []
+    for steps in (100, 200):
+        settings = Settings(solver=Descent(tolerance=-1e9), max_steps=jnp.asarray(steps), restore_steps=jnp.asarray(0))
+        arguments = (detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
+        times.append(seconds(_solve, *arguments)[0])
+    steps = times[1] - times[0]
+    return steps, times[0] - steps, window[0], float(disc.mean())
 
 
 def resolutions(detector: f2pad_jax.AbstractDetector, train: list[np.ndarray]) -> None:
     """Seconds for a disc of 40 pixels across in images of several sizes."""
-    print("a disc of 40 pixels; seconds of 100 steps, and times those at 224x224")
+    print("a disc of 40 pixels; seconds of 100 steps, times those at 224x224, and seconds of the rest")
     base = 0.0
     for side in (224, 512, 896):
         image = resized(to_unit(train[0]), (side, side))
         of_that_size = f2pad_jax.fit(f2pad_jax.PatchCore, train[:4], detector.backbone, size=(side, side))
         for name, fitted in ((f"of {side}", of_that_size), ("of 224", detector)):
-            took, window, _ = hundred_steps(fitted, image, 20 * fitted.size[0] / side)
-            base = base or took
-            print(f"  image {side}, detector {name:6}: window {window:3}, {took:.2f} s ({took / base:.2f})", flush=True)
+            steps, rest, window, _ = hundred_steps(fitted, image, 20 * fitted.size[0] / side)
+            base = base or steps
+            times = f"{steps:.2f} s ({steps / base:.2f}), rest {rest:.2f} s"
+            print(f"  image {side}, detector {name:6}: window {window:3}, {times}", flush=True)
         jax.clear_caches()
 
 
@@ -105,10 +119,10 @@ def plot(detector: f2pad_jax.AbstractDetector, image: jax.Array, path: Path) -> 
     """Seconds of a hundred steps against the area of a disc to solve for."""
     areas, times = [], []
     for radius in (4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 64, 72, 84):
-        took, window, share = hundred_steps(detector, image, radius)
+        steps, rest, window, share = hundred_steps(detector, image, radius)
         areas.append(100 * share)
-        times.append(took)
-        print(f"  {areas[-1]:5.1f} % of the image, window {window:3}: {took:.2f} s", flush=True)
+        times.append(steps)
+        print(f"  {areas[-1]:5.1f} % of the image, window {window:3}: {steps:.2f} s, rest {rest:.2f} s", flush=True)
     slope, constant = np.polyfit(areas[:-1], times[:-1], 1)
     print(f"  fit: {constant:.2f} s + {slope:.3f} s for each % of the image")
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
