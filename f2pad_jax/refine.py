@@ -115,7 +115,9 @@ def refine_many(
     _check(lanes)
     constants: Settings = jax.tree.map(jnp.asarray, settings or Settings())
     name, inpainter = choose(inpaint, detector.calibrated.normals, traced=False)
-    for result in stream(detector, source, constants, inpainter, lanes, devices or jax.local_devices()):
+    if devices is None:  # one alone is the default: :func:`refine` compiles for the same
+        devices = jax.local_devices() if jax.local_device_count() > 1 else ()
+    for result in stream(detector, source, constants, inpainter, lanes, devices):
         yield dataclasses.replace(result, inpainter=name)
 
 

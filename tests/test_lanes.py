@@ -232,3 +232,18 @@ def test_two_devices_give_what_one_gives():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "devices 2"
+
+
+def test_a_stream_takes_the_programs_that_refine_has_compiled(blocks):
+    detector, images = blocks
+    programs = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: programs.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
+    image = np.pad(images[0], ((0, 4), (0, 8), (0, 0)), mode="edge")  # of a size of its own
+    one = refine(detector, image, lanes=1)
+    assert programs
+    programs.clear()
+    (other,) = refine_many(detector, [image], lanes=1)
+    assert not programs and other.mask.any()
+    np.testing.assert_array_equal(one.mask, other.mask)
