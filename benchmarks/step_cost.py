@@ -81,32 +81,33 @@ def main() -> None:
     parser.add_argument("--weights", help="of ResNet18")
     parser.add_argument("--images", type=int, default=16, help="to fit on")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--candidates", type=int, nargs="+")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[])
     arguments = parser.parse_args()
     train = [read_image(path) for path, _ in list_images([arguments.folder / "train" / "good"])][: arguments.images]
     print(f"JAX {jax.__version__} on {jax.default_backend()}; ms a step, and the ratio to the bare backbone")
-    for network, layers, weights in (
+    networks = (
         ("resnet18", ("layer1", "layer2", "layer3"), arguments.weights),
         ("efficientnet-lite0", None, None),
-    ):
+    )
+    methods = (PatchCore, PaDiM)
+    if arguments.candidates:
+        networks, methods = networks[:1], methods[:1]
+    for network, layers, weights in networks:
         backbone = f2pad_jax.load_backbone(network, layers=layers, weights=weights)
-        for method in (PatchCore, PaDiM):
+        for method in methods:
             detector = f2pad_jax.fit(method, train, backbone)
             whole = normalise(resized(to_unit(train[0]), detector.size))
             for side in (128, 224):
-                runs = {"bare": (bare, detector.backbone, posed(detector, whole, side)[0].x)}
-                if isinstance(detector, PatchCore) and arguments.candidates:
-                    for count in arguments.candidates:
-                        of_count = dataclasses.replace(detector, num_candidates=count)
-                        runs[f"{count} candidates"] = (solved, SOLVERS["Descent"], *posed(of_count, whole, side))
-                else:
-                    runs |= {name: (solved, solver, *posed(detector, whole, side)) for name, solver in SOLVERS.items()}
+                start = posed(detector, whole, side)
+                runs = {"bare": (bare, detector.backbone, start[0].x)}
+                runs |= {name: (solved, solver, *start) for name, solver in SOLVERS.items() if not arguments.candidates}
+                for count in arguments.candidates:
+                    of_count = dataclasses.replace(detector, num_candidates=count)
+                    runs[f"{count} candidates"] = (solved, SOLVERS["Descent"], *posed(of_count, whole, side))
                 times = fastest(runs, arguments.turns)
                 base = times.pop("bare")
                 cells = ", ".join(f"{name} {t:.1f} ({t / base:.2f})" for name, t in times.items())
                 print(f"{network:18}  {method.__name__:9}  {side:3}  bare {base:.1f}  {cells}", flush=True)
-            if arguments.candidates:
-                return
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from f2pad_jax.units import resized, to_unit
 from f2pad_jax.window import look, solve_window
 
 PARTS = ("images", "areas", "resolutions")
+"""What is measured, in this order."""
 
 
 def seconds(function, *arguments, turns: int = 2) -> tuple[float, object]:

@@ -93,8 +93,8 @@ class Mixture(AbstractDecision):
     occam: Scalar = 0.25
     """By how much the logarithm of the share of the scores that a mask takes must grow for one larger by a factor e."""
     missed: Scalar = 0.7
-    """Share of a pixel's excess score that is left when the mask is replaced, above which the mask may have missed it, and
-    of that the share below which replacing what it has missed too must bring it."""
+    """Share of the excess score around a pixel: if more is left when the mask is replaced, the mask may have missed it, and
+    has, if less than this share of that is left when what may be missed is replaced as well."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
         """Where the posterior exceeds one half and what that missed, opened 2x2, with what they enclose."""
