@@ -53,7 +53,7 @@ def main() -> None:
                 variables = {
                     "JAX_COMPILATION_CACHE_DIR": str(temporary / "programs"),
                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),  # a blank would name a file
                 }
                 subprocess.run(command, check=True, env=os.environ | variables, stdout=subprocess.DEVNULL)
             results = json.loads((out / "results.json").read_text())
