@@ -1,10 +1,11 @@
 """One process, two devices, two Ray workers: ``python benchmarks/scaling.py FOLDER [--weights FILE] [--images N]``.
 
 FOLDER is in MVTec layout. A PatchCore is fitted, and ``f2pad refine`` run on images of ``test``, the defective ones first:
-in one process, which has all cores; in one process to which XLA shows two CPU devices; and by two ``--ray`` workers, which
-share the cores out. Each once to compile, with a cache on disk, then once more from a fresh process. Printed: seconds of
-the second from images to files, without loading the model, but with starting the workers and loading programs; images a
-second; and how many masks differ from those of the first.
+in one process, which has all cores; in one process to which XLA shows two CPU devices; in one with half the threads; and by
+two ``--ray`` workers, which have half the threads each. Each once to compile, with a cache on disk, then once more from a
+fresh process. Printed: seconds of the second from images to files, without loading the model, but with starting the workers
+and loading programs; images a second; how many masks differ from those of the way named, and their mean IoU. (The number
+of threads is how XLA's CPU client splits sums: it changes rounding.)
 """
 
 import json
@@ -20,13 +21,16 @@ from fitted import command_line, defective_first, fitted
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
+from f2pad_jax.evaluation.metrics import iou
 
-WAYS: dict[str, tuple[list[str], str]] = {
-    "one process": ([], ""),
-    "two devices": ([], "--xla_force_host_platform_device_count=2"),
-    "two Ray workers": (["--ray", "2"], ""),
+HALF = str(max(1, (os.cpu_count() or 1) // 2))
+WAYS: dict[str, tuple[list[str], dict[str, str], str]] = {
+    "one process": ([], {}, ""),
+    "two devices": ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "one process"),
+    "half the threads": ([], {"NPROC": HALF}, "one process"),
+    "two Ray workers": (["--ray", "2"], {}, "half the threads"),
 }
-"""What is added to the command, and to ``XLA_FLAGS``."""
+"""What is added to the command, to its environment, and the way its masks are compared with."""
 
 
 def main() -> None:
@@ -44,8 +48,8 @@ def main() -> None:
         temporary = Path(name)
         f2pad_jax.save_detector(temporary / "detector.model", detector)
         weights = ["--weights", arguments.weights] if arguments.weights else []
-        first: list[np.ndarray] = []
-        for way, (options, flags) in WAYS.items():
+        masks: dict[str, list[np.ndarray]] = {}
+        for way, (options, added, like) in WAYS.items():
             for turn in range(2):
                 out = temporary / f"{way} {turn}"
                 command = [sys.executable, "-m", "f2pad_jax.cli", "refine", str(temporary / "detector.model")]
@@ -53,18 +57,21 @@ def main() -> None:
                 variables = {
                     "JAX_COMPILATION_CACHE_DIR": str(temporary / "programs"),
                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),  # a blank would name a file
+                    **added,
                 }
+                if "XLA_FLAGS" in added and (flags := os.environ.get("XLA_FLAGS")):
+                    variables["XLA_FLAGS"] += f" {flags}"
                 subprocess.run(command, check=True, env=os.environ | variables, stdout=subprocess.DEVNULL)
             results = json.loads((out / "results.json").read_text())
-            masks = [read_image(out / image["mask"]) for image in results["images"]]
-            first = first or masks
-            differ = sum(not np.array_equal(a, b) for a, b in zip(first, masks, strict=True))
-            rate = len(masks) / results["seconds"]
-            print(
-                f"{way:16} {results['seconds']:6.1f} s, {rate:.3f} images/s; {differ} of {len(masks)} masks differ",
-                flush=True,
-            )
+            masks[way] = [read_image(out / image["mask"]) > 0 for image in results["images"]]
+            rate = len(masks[way]) / results["seconds"]
+            line = f"{way:16} {results['seconds']:6.1f} s, {rate:.3f} images/s"
+            for other in dict.fromkeys((like, "one process")) if like else ():
+                pairs = list(zip(masks[other], masks[way], strict=True))
+                differ = sum(not np.array_equal(a, b) for a, b in pairs)
+                agree = np.mean([iou(a, b) for a, b in pairs])
+                line += f"; {differ} of {len(pairs)} masks differ from {other}'s, mean IoU {agree:.4f}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
