@@ -122,9 +122,10 @@ def calibrate(
 ) -> D:
     """Give a detector its scale, threshold, pixel prior and exemplars. No label is needed.
 
-    The threshold is that of best pixel F1 over the normal images and copies of them with synthetic defects: tints from
-    faint to opaque, stains, and foreign texture. (Flat patches of far colours, as in the paper's tests, would put it far
-    above most real defects.)
+    The threshold is that of the best pixel F1, mean over synthetic defects, each with the normal image it is pasted on:
+    tints from faint to opaque, stains, and foreign texture. (Flat patches of far colours, as in the paper's tests, would
+    put it far above most real defects; so would the F1 of all pixels together, of which large and glaring defects have
+    nearly all, and where a map saturates, as CFLOW's does, above every other.)
 
     Args:
         detector: fitted, calibrated or not.
@@ -155,12 +156,12 @@ def calibrate(
         unit = np.asarray(denormalise(images[i]))
         for paste in (paste_tint, paste_stain, paste_noise) * -(-NUM_DEFECTS // len(images)):
             defective = paste(rng, unit, irregular_shape(rng, images.size))
-            maps += [levels[i], np.asarray(_map(detector, normalise(defective.image)))]
-            masks += [np.zeros(images.size, bool), defective.mask]
+            maps.append([levels[i], np.asarray(_map(detector, normalise(defective.image)))])
+            masks.append([np.zeros(images.size, bool), defective.mask])
     progress("threshold", len(images), len(images))
-    lowest = min(float(np.min(m)) for m in maps)  # what is in the lower half belongs to no mask, whatever the threshold
-    maps = np.stack([np.where(m > half_height(m, ordinary), m, lowest) for m in maps])
-    threshold = best_threshold(maps, np.stack(masks))
+    lowest = np.min(maps)  # what is in the lower half belongs to no mask, whatever the threshold
+    maps = np.stack([[np.where(m > half_height(m, ordinary), m, lowest) for m in pair] for pair in maps])
+    threshold = best_threshold(maps, np.stack(masks), each=True)
     threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
     return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))
 

@@ -18,19 +18,25 @@ def dice(mask: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "h w"]) -> float
     return float(2 * np.sum(mask & truth) / total) if total else 1.0
 
 
-def best_threshold(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -> float:
+def best_threshold(maps: Float[np.ndarray, "n *p"], truth: Bool[np.ndarray, "n *p"], *, each: bool = False) -> float:
     """The threshold of best pixel F1 over all images together: a pixel is anomalous where its value exceeds it.
 
-    The paper's protocol for backbones (Section IV-A3).
+    The paper's protocol for backbones (Section IV-A3). With ``each``, the threshold of the best mean over ``n`` of every
+    one's own F1, to which a small or faint defect counts as much as a large one.
     """
-    order = np.argsort(-maps, axis=None, kind="stable")
-    values, hits = maps.ravel()[order], truth.ravel()[order]
+    rows = len(maps) if each else 1
+    maps, truth = maps.reshape(rows, -1), truth.reshape(rows, -1)
+    order = np.argsort(-maps, axis=1, kind="stable")
+    values, hits = np.take_along_axis(maps, order, axis=1), np.take_along_axis(truth, order, axis=1)
     if not hits.any():
-        return float(values[0])
-    true_positives = np.cumsum(hits)
-    f1 = 2 * true_positives / (np.arange(1, hits.size + 1) + true_positives[-1])
-    f1[:-1][values[:-1] == values[1:]] = -1  # equal values can't be told apart
-    best = int(np.argmax(f1))
+        return float(values.max())
+    true_positives = np.cumsum(hits, axis=1)
+    f1 = 2 * true_positives / (np.arange(1, hits.shape[1] + 1) + true_positives[:, -1:])
+    gains = np.diff(f1, axis=1, prepend=0)  # what each pixel adds to its own F1 once it is above the threshold
+    order = np.argsort(-values, axis=None, kind="stable")
+    values, total = values.ravel()[order], np.cumsum(gains.ravel()[order])
+    total[:-1][values[:-1] == values[1:]] = -1  # equal values can't be told apart
+    best = int(np.argmax(total))
     if best + 1 == values.size:
         return float(np.nextafter(values[best], values.dtype.type(-np.inf)))
     between = values[best + 1] + (values[best] - values[best + 1]) / 2
