@@ -76,33 +76,31 @@ def exemplar(
         max_steps: of the Laplace solver.
     """
     h, w, _ = image.shape
-    shape = (2 * h, 2 * w)
     needed = dilate(region, rim)
     ring = (needed & ~region).astype(image.dtype)
     num_ring = jnp.maximum(jnp.sum(ring), 1)
+    within = keeping_inside(needed.any(axis=1))[:, None] & keeping_inside(needed.any(axis=0))
 
-    def spectrum(a: Float[Array, "h w"]) -> Complex[Array, "h2 w3"]:
-        return jnp.fft.rfft2(a, shape)
+    def spectrum(a: Float[Array, "h w *c"]) -> Complex[Array, "h w2 *c"]:
+        return jnp.fft.rfft2(a, axes=(0, 1))
 
-    def correlated(a: Complex[Array, "h2 w3"], b: Complex[Array, "h2 w3"]) -> Float[Array, "h2 w2"]:
-        """Σ_p a(p)·b(p + s) for every displacement s."""
-        return jnp.fft.irfft2(jnp.conj(a) * b, shape)
+    def correlated(product: Complex[Array, "h w2 *c"]) -> Float[Array, "h w *c"]:
+        """Σ_p a(p)·b(p + s) for every displacement s, around the borders, of conj(spectrum(a))·spectrum(b)."""
+        return jnp.fft.irfft2(product, (h, w), axes=(0, 1))
 
-    ring_spectrum, needed_spectrum = spectrum(ring), spectrum(needed.astype(image.dtype))
     ringed = ring[..., None] * image
-    ringed_spectra = [spectrum(ringed[..., c]) for c in range(3)]
+    of_ring, of_needed, of_ringed = (jnp.conj(spectrum(a)) for a in (ring, needed.astype(image.dtype), ringed))
 
     def best(source: tuple[Float[Array, "h w 3"], Float[Array, "h w"]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """Σ_rim (x - s)² - (Σ_rim (x - s))²/N, smallest over displacements, and where."""
         pixels, known = source
         pixels = known[..., None] * pixels
-        mismatch = jnp.sum(ringed**2) + correlated(ring_spectrum, spectrum(jnp.sum(pixels**2, axis=-1)))
-        for c in range(3):
-            channel = spectrum(pixels[..., c])
-            offset = correlated(ring_spectrum, channel) - jnp.sum(ringed[..., c])
-            mismatch -= 2 * correlated(ringed_spectra[c], channel) + offset**2 / num_ring
+        channels = spectrum(pixels)
+        squares = correlated(of_ring * spectrum(jnp.sum(pixels**2, axis=-1)) - 2 * jnp.sum(of_ringed * channels, axis=-1))
+        offsets = correlated(of_ring[..., None] * channels) - jnp.sum(ringed, axis=(0, 1))
+        mismatch = jnp.sum(ringed**2) + squares - jnp.sum(offsets**2, axis=-1) / num_ring
         # every pixel to copy and its rim are known
-        whole = correlated(needed_spectrum, spectrum(known)) > jnp.sum(needed) - 0.5
+        whole = within & (correlated(of_needed * spectrum(known)) > jnp.sum(needed) - 0.5)
         mismatch = jnp.where(whole, mismatch, jnp.inf)
         where = jnp.argmin(mismatch)
         return mismatch.ravel()[where], where
@@ -114,12 +112,20 @@ def exemplar(
     mismatches, places = jax.lax.map(best, (sources, known))
     mismatches = jnp.maximum(mismatches, 0).at[1:].multiply(_STRANGER)
     chosen = jnp.argmin(mismatches)
-    row, column = places[chosen] // (2 * w), places[chosen] % (2 * w)
-    # the copy wraps around only where it isn't needed; modulo 2h, and so modulo h, displacements back are negative ones
+    row, column = places[chosen] // w, places[chosen] % w
+    # the copy wraps around only where it isn't needed; modulo h, displacements back are negative ones
     copied = jnp.roll(sources[chosen], (-row, -column), axis=(0, 1))  # pyright: ignore[reportArgumentType]
     copied = jnp.where(jnp.isfinite(mismatches[chosen]), copied, 0.0)
     difference = harmonic(image - copied, region, max_steps=max_steps)
     return jnp.where(region[..., None], copied + difference, image)
+
+
+def keeping_inside(occupied: Bool[Array, " n"]) -> Bool[Array, " n"]:
+    """Which displacements, modulo n, move what is occupied nowhere beyond either end."""
+    n = occupied.size
+    place = jnp.arange(n)
+    first, last = jnp.argmax(occupied), n - 1 - jnp.argmax(occupied[::-1])
+    return (place <= n - 1 - last) | (place >= n - first)
 
 
 class Exemplar(eqx.Module):

@@ -10,7 +10,7 @@ import scipy.sparse
 from f2pad_jax import CheckpointError, checkpoints, inpaint
 from f2pad_jax.backbones import NETWORKS, mae
 from f2pad_jax.backbones.conversion import parameter_shapes
-from f2pad_jax.inpaint import MAE, Exemplar, choose, exemplar, harmonic
+from f2pad_jax.inpaint import MAE, Exemplar, choose, exemplar, harmonic, keeping_inside
 from f2pad_jax.units import normalise
 
 HEIGHT, WIDTH = 20, 28
@@ -315,3 +315,15 @@ def test_mae_fills_an_image_of_another_size(small_autoencoder):
     hidden = jnp.where(region[..., None], 7.0, image)  # what is under the region's inner pixels is not seen
     inner = jnp.zeros_like(region).at[26:35, 40:63].set(True)
     np.testing.assert_allclose(fill(autoencoder, jnp.where(inner[..., None], hidden, image), region), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 5])
+@pytest.mark.parametrize("length", [1, 3, 5, 8])
+def test_nothing_is_borrowed_around_a_border(first, length):
+    """A displacement is allowed where it, or the one back around the circle, moves no occupied place beyond either end."""
+    occupied = np.zeros(8, bool)
+    occupied[first : first + length] = True
+    occupied[first + 1 : first + length - 1 : 2] = False  # gaps don't matter
+    places = np.flatnonzero(occupied)
+    expected = [any(np.all((places + s >= 0) & (places + s < 8)) for s in (k, k - 8)) for k in range(8)]
+    np.testing.assert_array_equal(keeping_inside(jnp.asarray(occupied)), expected)
