@@ -98,14 +98,19 @@ def strided_product(
     k, s, (*_, c_in, c_out) = len(kernel), stride, kernel.shape
     h, w = ((size - k) // s + 1 for size in x.shape[:2])
     if c_in < 8:
-        k = -(-k // s)
-        rows, columns = h + k - 1, w + k - 1
+        squares = -(-k // s)
+        rows, columns = h + squares - 1, w + squares - 1
         x = jnp.pad(x, ((0, s), (0, s), (0, 0)))[: s * rows, : s * columns]
-        x = x.reshape(rows, s, columns, s, c_in).swapaxes(1, 2).reshape(rows, columns, -1)
-        more = (0, s * k - len(kernel))
-        kernel = jnp.pad(kernel, (more, more, (0, 0), (0, 0))).reshape(k, s, k, s, c_in, c_out).swapaxes(1, 2)
-        s = 1
-    slices = [x[i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)]
+        x = x.reshape(rows, s, columns, s, c_in).swapaxes(1, 2)
+        parts = [(i, j) for i in range(squares) for j in range(squares)]
+        matrices = [kernel[s * i : s * (i + 1), s * j : s * (j + 1)] for i, j in parts]
+        slices = [
+            x[i : i + h, j : j + w, : m.shape[0], : m.shape[1]].reshape(h, w, -1)
+            for (i, j), m in zip(parts, matrices, strict=True)
+        ]
+        kernel = jnp.concatenate([m.reshape(-1, c_out) for m in matrices])
+    else:
+        slices = [x[i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)]
     return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, c_out)
 
 
@@ -115,12 +120,21 @@ def winograd_kernel(kernel: Float[Array, "3 3 c_in c_out"]) -> Float[Array, "16 
     return jnp.einsum("ai,bj,ijcd->abcd", g, g, kernel).reshape(16, *kernel.shape[2:])
 
 
-def _winograd(x: Float[Array, "h w c_in"], kernel: Float[Array, "16 c_in c_out"]) -> Float[Array, "h w c_out"]:
+def _winograd(
+    x: Float[Array, "h w c"], kernel: Float[Array, "16 c_in c_out"], *, turned: bool = False
+) -> Float[Array, "h w _c"]:
     """3 x 3 convolution with one pixel of zero padding, by F(2x2, 3x3) of Lavin & Gray (2015): Aᵀ[(G g Gᵀ)(Bᵀ d B)]A.
 
     Each 4 x 4 tile gives 2 x 2 pixels with 16 products per pair of channels instead of 36: sixteen matrix products.
-    ``kernel`` is :func:`winograd_kernel`'s.
+    ``kernel`` is :func:`winograd_kernel`'s. ``turned``: with the kernel turned round, from its outputs to its inputs, whose
+    G g Gᵀ has rows 0 and 3, and columns 0 and 3, exchanged.
     """
+    order = (3, 1, 2, 0) if turned else (0, 1, 2, 3)
+
+    def product(tile: Float[Array, "_h _w c"], i: int, j: int) -> Float[Array, "_h _w _c"]:
+        matrix = kernel[4 * order[i] + order[j]]
+        return tile @ (matrix.T if turned else matrix)
+
     h, w, _ = x.shape
     rows, columns = -(-h // 2), -(-w // 2)  # of tiles
     x = jnp.pad(x, ((1, 2 * rows + 1 - h), (1, 2 * columns + 1 - w), (0, 0)))
@@ -134,7 +148,7 @@ def _winograd(x: Float[Array, "h w c_in"], kernel: Float[Array, "16 c_in c_out"]
         d1, d3 = (jax.lax.slice_in_dim(odd, i, i + n, axis=axis) for i in (0, 1))
         return [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
 
-    m = [[tile @ kernel[4 * i + j] for j, tile in enumerate(tiled(row, 1))] for i, row in enumerate(tiled(x, 0))]
+    m = [[product(tile, i, j) for j, tile in enumerate(tiled(row, 1))] for i, row in enumerate(tiled(x, 0))]
     # Aᵀm A: along the columns of the tiles, then along their rows
     m = [jnp.stack([a + b + c, b - c - d], axis=2) for a, b, c, d in m]
     a, b, c, d = m
@@ -147,12 +161,10 @@ def _winograd_forward(x, kernel):
 
 
 def _winograd_backward(residuals, g):
-    """The input gradient is the convolution with the kernel turned round, whose G g Gᵀ has rows 0 and 3 exchanged."""
+    """The input gradient is the convolution with the kernel turned round."""
     x, kernel = residuals
     kernel_gradient = jax.vjp(lambda kernel: _winograd(x, kernel), kernel)[1](g)[0]
-    order = np.array([3, 1, 2, 0])
-    turned = kernel.reshape(4, 4, *kernel.shape[1:])[order][:, order].reshape(kernel.shape).swapaxes(1, 2)
-    return _winograd(g, turned), kernel_gradient
+    return _winograd(g, kernel, turned=True), kernel_gradient
 
 
 winograd = jax.custom_vjp(_winograd)
