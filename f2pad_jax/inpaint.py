@@ -91,25 +91,25 @@ def exemplar(
     ringed = ring[..., None] * image
     of_ring, of_needed, of_ringed = (jnp.conj(spectrum(a)) for a in (ring, needed.astype(image.dtype), ringed))
 
-    def best(source: tuple[Float[Array, "h w 3"], Float[Array, "h w"]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Σ_rim (x - s)² - (Σ_rim (x - s))²/N, smallest over displacements, and where."""
-        pixels, known = source
-        pixels = known[..., None] * pixels
+    def best(source: tuple[Float[Array, "h w 3"], Bool[Array, "h w"]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Σ_rim (x - s)² - (Σ_rim (x - s))²/N, smallest over the displacements allowed, and where."""
+        pixels, allowed = source
         channels = spectrum(pixels)
         squares = correlated(of_ring * spectrum(jnp.sum(pixels**2, axis=-1)) - 2 * jnp.sum(of_ringed * channels, axis=-1))
         offsets = correlated(of_ring[..., None] * channels) - jnp.sum(ringed, axis=(0, 1))
         mismatch = jnp.sum(ringed**2) + squares - jnp.sum(offsets**2, axis=-1) / num_ring
-        # every pixel to copy and its rim are known
-        whole = within & (correlated(of_needed * spectrum(known)) > jnp.sum(needed) - 0.5)
-        mismatch = jnp.where(whole, mismatch, jnp.inf)
+        mismatch = jnp.where(allowed, mismatch, jnp.inf)
         where = jnp.argmin(mismatch)
         return mismatch.ravel()[where], where
 
-    sources, known = image[None], (~region).astype(image.dtype)[None]
+    known = (~region).astype(image.dtype)
+    # every pixel to copy and its rim are known: of the image itself not all, of the others all
+    whole = correlated(of_needed * spectrum(known)) > jnp.sum(needed) - 0.5
+    sources, searched, allowed = image[None], (known[..., None] * image)[None], (within & whole)[None]
     if others is not None:
-        sources = jnp.concatenate([sources, others])
-        known = jnp.concatenate([known, jnp.ones(others.shape[:3], image.dtype)])
-    mismatches, places = jax.lax.map(best, (sources, known))
+        sources, searched = jnp.concatenate([sources, others]), jnp.concatenate([searched, others])
+        allowed = jnp.concatenate([allowed, jnp.broadcast_to(within, others.shape[:3])])
+    mismatches, places = jax.lax.map(best, (searched, allowed))
     mismatches = jnp.maximum(mismatches, 0).at[1:].multiply(_STRANGER)
     chosen = jnp.argmin(mismatches)
     row, column = places[chosen] // w, places[chosen] % w
