@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.objective import Problem
-from f2pad_jax.region import filled, opened
+from f2pad_jax.region import filled, opened, reached
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
 from f2pad_jax.views import scaled
@@ -72,6 +72,9 @@ class Mixture(AbstractDecision):
     A residual is the least distance of a pixel of x to those of n around it, so that structure restored a pixel or two
     from its place is no anomaly.
 
+    A piece of the mask in which no pixel of the coarse map exceeds the detector's threshold is none: where the map is
+    broad, n changes normal structure as well.
+
     Where the scores stay as they were although the coarse map stands out, the residual has missed a part, as it does where
     a glaring part of a defect passes for all of it. That is tried as well, and is kept where it takes scores.
     """
@@ -97,7 +100,7 @@ class Mixture(AbstractDecision):
     has, if less than this share of that is left when what may be missed is replaced as well."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Where the posterior exceeds one half and what that missed, opened 2x2, with what they enclose."""
+        """Where the posterior exceeds one half and what that missed, opened 2x2, filled, and kept where the map reaches."""
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
 
         def tried(masks: Bool[Array, "2 h w"], _):
@@ -111,7 +114,8 @@ class Mixture(AbstractDecision):
         found = jax.vmap(filled)(self.posteriors(evidence) > 0.5)  # not opened yet: specks too small for it explain scores
         _, (masks, around) = jax.lax.scan(tried, found, length=2)  # a loop: the network is compiled once
         (one, more), (before, after) = masks[1], around[1]
-        return filled(opened(one | (more & (after < self.missed * before)), 2))
+        mask = filled(opened(one | (more & (after < self.missed * before)), 2))
+        return reached(evidence.excess > evidence.threshold, mask)
 
     def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
         """The probability of an anomaly, 0 outside the region, from either start."""

@@ -46,39 +46,52 @@ def closed(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
     return erode(dilate(mask, radius), radius)
 
 
-def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
-    """Fill holes: every unset pixel that can't reach the border through 4-neighbours is set.
+def reached(start: Bool[Array, "h w"], within: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """The pixels of ``within`` that can be reached from one of ``start`` without leaving it, through 4-neighbours.
 
-    The outside is flooded by sweeps along columns and rows, each a running maximum, until nothing changes; a sweep crosses
-    the whole image, so ordinary shapes take a handful.
+    Flooded by sweeps along columns and rows, each a running maximum, until nothing changes; a sweep crosses the whole
+    image, so ordinary shapes take a handful.
     """
-    border = jnp.zeros_like(mask).at[0].set(True).at[-1].set(True).at[:, 0].set(True).at[:, -1].set(True)
 
-    def sweep(outside: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    def sweep(wet: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
         for axis in (0, 1):
-            # both ways: the last pixel passed that is a wall (even) or outside (odd)
-            walls, reached = (jnp.stack([a, jnp.flip(a, axis)]) for a in (mask, outside))
+            # both ways: the last pixel passed that is a wall (even) or wet (odd)
+            walls, flooded = (jnp.stack([a, jnp.flip(a, axis)]) for a in (~within, wet))
             place = 2 * jax.lax.broadcasted_iota(jnp.int32, walls.shape, axis + 1) + 2
-            last = jax.lax.cummax(jnp.where(walls | reached, place + reached, 0), axis + 1) % 2 == 1
-            outside = ~mask & (last[0] | jnp.flip(last[1], axis))
-        return outside
+            last = jax.lax.cummax(jnp.where(walls | flooded, place + flooded, 0), axis + 1) % 2 == 1
+            wet = within & (last[0] | jnp.flip(last[1], axis))
+        return wet
 
     def grow(carry):
-        outside, _ = carry
-        new = sweep(outside)
-        return new, jnp.any(new != outside)
+        wet, _ = carry
+        new = sweep(wet)
+        return new, jnp.any(new != wet)
 
-    outside, _ = jax.lax.while_loop(lambda carry: carry[1], grow, (~mask & border, jnp.any(~mask & border)))
-    return ~outside
+    wet, _ = jax.lax.while_loop(lambda carry: carry[1], grow, (start & within, jnp.any(start & within)))
+    return wet
 
 
-def suspect_region(coarse_mask: Bool[Array, "h w"], faint: Bool[Array, "h w"], dilation: int) -> Bool[Array, "h w"]:
-    """The pixels to optimise: m0 dilated (paper, Section III-E2), its holes filled, and what stands out less.
+def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """Fill holes: every unset pixel that can't reach the border through 4-neighbours is set."""
+    border = jnp.zeros_like(mask).at[0].set(True).at[-1].set(True).at[:, 0].set(True).at[:, -1].set(True)
+    return ~reached(border, ~mask)
 
-    Departures: holes are filled, since coarse maps are often rings around large defects; and where there is an m0,
-    ``faint`` pixels are suspect too, so that the faint part of a defect is not missed.
+
+def suspect_region(
+    excess: Float[Array, "h w"], threshold: float | Float[Array, ""], spill: float | Float[Array, ""], dilation: int
+) -> Bool[Array, "h w"]:
+    """The pixels to optimise: m0 dilated (paper, Section III-E2), its holes filled, and what around it stands out less.
+
+    Departures: holes are filled, since coarse maps are often rings around large defects; and pixels above ``spill``, where
+    they are connected to one above the threshold, are suspect too, so that the faint part of a defect is not missed.
+
+    Args:
+        excess: the coarse map above the ordinary level, in units of the border of m0.
+        threshold: the detector's, in the same units; 1 or less.
+        spill: what is suspect, in the same units; infinity: nothing but m0.
+        dilation: growth of m0, pixels.
     """
-    return filled(dilate(coarse_mask, dilation) | (jnp.any(coarse_mask) & faint))
+    return reached(excess > threshold, filled(dilate(excess > 1, dilation) | (excess > spill)))
 
 
 def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach: int | None) -> Float[Array, "hk wk"]:

@@ -41,7 +41,7 @@ class Settings(eqx.Module):
     dilation: int = eqx.field(static=True, default=6)
     """Growth of m0, pixels, static. Paper: "simple morphological dilation"."""
     spill: Scalar = 0.5
-    """Pixels whose coarse map stands out by this share of the border of m0 are suspect as well. Paper: none, infinity."""
+    """Pixels around m0 whose coarse map stands out by this share of its border are suspect too. Paper: none, infinity."""
     reach: int | None = eqx.field(static=True, default=8)
     """Positions within this many pixels of the region enter l_n, static. Paper: all affected; None: all there are."""
     margin: int | None = eqx.field(static=True, default=16)

@@ -93,10 +93,9 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     x = normalise(resized(image, detector.size))
     anomaly_map = detector.anomaly_map(x)
     excess = detector.excess(anomaly_map)
-    mask = detector.coarse_mask(anomaly_map)
-    region = regions.suspect_region(mask, excess > settings.spill, settings.dilation)
     threshold = detector.excess(anomaly_map, detector.calibrated.threshold)
-    return Coarse(x, anomaly_map, excess, threshold, mask, region)
+    region = regions.suspect_region(excess, threshold, settings.spill, settings.dilation)
+    return Coarse(x, anomaly_map, excess, threshold, detector.coarse_mask(anomaly_map), region)
 
 
 class Window(eqx.Module):

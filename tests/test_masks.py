@@ -141,6 +141,20 @@ def test_what_a_defect_encloses_belongs_to_it(rng, region, excess):
     assert mask[hole].all() and iou(mask, ring) > 0.97
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.6])
+def test_a_piece_the_coarse_map_does_not_reach_is_no_anomaly(rng, region, threshold):
+    """Two alike in the residual; the map is above the border of m0 in one, above or below the threshold in the other."""
+    one, other = np.zeros((2, SIZE, SIZE), bool)
+    one[12:20, 12:20] = other[28:36, 28:36] = True
+    n = 0.05 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
+    x = n + 1.5 * (one | other)[..., None].astype(np.float32)
+    excess = jnp.asarray(np.where(one, 2.0, np.where(other, 0.8, 0.5)), jnp.float32)
+    evidence = Evidence(problem(x, region), jnp.asarray(n), jnp.asarray(n), excess, threshold)
+    assert all(iou(posterior > 0.5, one | other) > 0.97 for posterior in Mixture().posteriors(evidence))
+    expected = one if threshold == 1.0 else one | other
+    assert iou(Mixture()(Descent(), evidence), expected) > 0.97
+
+
 def test_posteriors_are_probabilities_and_zero_outside(rng, region, excess):
     x, n0, n = (jnp.asarray(a) for a in rng.standard_normal((3, SIZE, SIZE, 3)).astype(np.float32))
     posteriors = np.asarray(Mixture().posteriors(Evidence(problem(x, region), n0, n, excess)))

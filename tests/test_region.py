@@ -14,6 +14,7 @@ from f2pad_jax.region import (
     erode,
     filled,
     opened,
+    reached,
     suspect_region,
     window_offset,
     window_size,
@@ -23,12 +24,12 @@ SIDE = 41
 DILATION = 3
 
 fill_one = jax.jit(filled)
-suspect_or_faint = jax.jit(functools.partial(suspect_region, dilation=DILATION))
+suspect_of = jax.jit(functools.partial(suspect_region, dilation=DILATION))
 
 
 def suspect(mask):
     """Where nothing is faint."""
-    return suspect_or_faint(mask, jnp.zeros_like(mask))
+    return suspect_of(2.0 * mask, 1.0, jnp.inf)
 
 
 def square(radius):
@@ -174,11 +175,22 @@ def test_suspect_region_is_filled_dilated_and_filled_again():
     assert np.all(found[2:18, 2:18])
 
 
-def test_faint_pixels_are_suspect_beside_a_coarse_mask_only():
-    mask, faint = np.zeros((2, SIDE, SIDE), bool)
-    mask[5:10, 5:10], faint[5:10, 8:30] = True, True
-    np.testing.assert_array_equal(suspect_or_faint(mask, faint), scipy_dilate(mask, DILATION) | faint)
-    assert not np.asarray(suspect_or_faint(~mask & mask, faint)).any()
+def test_faint_pixels_are_suspect_where_they_are_connected_to_one_above_the_threshold():
+    """Which m0's are, and, of a map whose m0 is cut at half of its height, others as well."""
+    mask, faint, apart = np.zeros((3, SIDE, SIDE), bool)
+    mask[5:10, 5:10], faint[5:10, 8:30], apart[30:38, 5:30] = True, True, True
+    excess = np.where(mask, 2.0, 0.7 * (faint | apart))
+    excess[33, 12] = 0.8
+    np.testing.assert_array_equal(suspect_of(excess, 1.0, 0.5), scipy_dilate(mask, DILATION) | faint)
+    np.testing.assert_array_equal(suspect_of(excess, 0.75, 0.5), scipy_dilate(mask, DILATION) | faint | apart)
+    assert not np.asarray(suspect_of(np.where(mask, 0.9, excess), 1.0, 0.5)).any()
+
+
+def test_reached_equals_scipys_propagation(masks):
+    starts = np.random.default_rng(1).random(masks.shape) < 0.01
+    expected = [scipy.ndimage.binary_propagation(s & m, mask=m) for s, m in zip(starts, masks, strict=True)]
+    np.testing.assert_array_equal(jax.jit(jax.vmap(reached))(starts, masks), np.stack(expected))
+    assert 0 < np.sum(expected) < np.sum(masks)
 
 
 @pytest.mark.parametrize("reach", [0, 1, 4, 8])
