@@ -25,6 +25,8 @@ def main() -> None:
                 covered = float(np.mean(image.region[image.truth]))
                 rows.append((covered, iou(image.masks[FULL], image.truth)))
     for name, rows in found.items():
+        if not rows:  # only good images so far
+            continue
         covered, values = np.array(rows).T
         inside = covered > 0.98
         print(
