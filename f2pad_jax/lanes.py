@@ -6,11 +6,14 @@ next phase, or takes the next part from the queue; the others go on where they w
 neighbours.
 
 On an accelerator a call costs about as much for eight parts as for one. So there lanes are filled, and masks drawn, in
-groups, and a bucket runs until a group of lanes is done.
+groups, and a bucket runs until a group of lanes is done. On a CPU, one program keeps hardly more than one core busy. So
+there every core has lanes of its own.
 """
 
 import collections
 import dataclasses
+import itertools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -126,6 +129,25 @@ class Means:
     num_lanes: int | None
     most: int
     """Lanes where their number isn't given, and memory allows."""
+    call: "Calls"
+
+
+class Calls:
+    """Calls of programs by the threads that serve one device: the first of each is made alone, and so compiles alone."""
+
+    def __init__(self):
+        self.lock, self.made = threading.Lock(), set()
+
+    def __call__(self, function: Callable, *inputs: Any, **options: Any) -> Any:
+        """The function's outputs."""
+        key = function, *((a.shape, a.dtype) if eqx.is_array(a) else None for a in jax.tree.leaves(inputs))
+        if key not in self.made:
+            with self.lock:
+                if key not in self.made:
+                    outputs = function(*inputs, **options)
+                    self.made.add(key)
+                    return outputs
+        return function(*inputs, **options)
 
 
 class Bucket:
@@ -156,24 +178,28 @@ class Bucket:
                 self.starts.append(Start(place, part.window, part.window.region, 0))
         for some in self._groups(self.starts):
             places, windows, parts, phase = zip(*some, strict=True)
-            begun = enter(m.detector, windows, parts, jnp.asarray(phase), m.settings, m.inpaint, alone=len(self.parts) == 1)
-            self.lanes = begun if len(self.parts) == 1 else put((begun, jnp.asarray(places)), self.lanes)
+            alone = len(self.parts) == 1
+            begun = m.call(enter, m.detector, windows, parts, jnp.asarray(phase), m.settings, m.inpaint, alone=alone)
+            self.lanes = begun if alone else m.call(put, (begun, jnp.asarray(places)), self.lanes)
         busy = np.array([part is not None for part in self.parts])
         enough = min(self.group, int(busy.sum()))
-        self.lanes, going = self.run((m.detector, m.settings, jnp.asarray(busy), jnp.asarray(enough)), self.lanes)
+        means = m.detector, m.settings, jnp.asarray(busy), jnp.asarray(enough)
+        self.lanes, going = m.call(self.run, means, self.lanes)
         on = np.atleast_1d(np.asarray(going))
         done = [(i, part) for i, part in enumerate(self.parts) if part is not None and not on[i]]
         complete, self.starts = [], []
         for i, part in done:
             if part.found is not None:
-                part.job.solved = settle((part.job.solved, part.window, part.found, jnp.asarray(i)), self.lanes)
+                what = part.job.solved, part.window, part.found, jnp.asarray(i)
+                part.job.solved = m.call(settle, what, self.lanes)
                 part.job.waiting -= 1
                 self.parts[i] = None
                 if not part.job.waiting:
                     complete.append(part.job)
         for some in self._groups([(i, part) for i, part in done if part.found is None]):
             places, parts = zip(*some, strict=True)
-            masks = decide((m.detector, tuple(p.window for p in parts), m.settings, jnp.asarray(places)), self.lanes)
+            means = m.detector, tuple(part.window for part in parts), m.settings, jnp.asarray(places)
+            masks = m.call(decide, means, self.lanes)
             for place, part, found in zip(places, parts, masks, strict=True):
                 if part.found is None:  # not one that fills the group up
                     part.found = found
@@ -260,6 +286,13 @@ def group(device: Any) -> int:
     return 1 if device.platform == "cpu" else GROUP
 
 
+def cores() -> int:
+    """CPU cores this process may use: those of ``NPROC``, as for XLA, or of its affinity."""
+    if asked := os.environ.get("NPROC", ""):
+        return max(int(asked), 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory(device: Any) -> int | None:
     """Bytes of an accelerator, where it says; 0 for a CPU."""
     return 0 if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
@@ -333,7 +366,7 @@ class Lanes:
         m, image = self.means, to_unit(image)
         if image.ndim != 3:
             raise ImageError(f"an image has shape {image.shape}; the images of a stream come one at a time")
-        coarse = look(m.detector, image, m.settings)
+        coarse = m.call(look, m.detector, image, m.settings)
         job = Job(number, image, coarse, untouched(image, coarse))
         region = np.asarray(coarse.region)
         if not region.any() or region.all():
@@ -341,7 +374,7 @@ class Lanes:
         (device,) = coarse.x.devices()
         sides = regions.WINDOWS if device.platform == "cpu" else ()  # whole images fill an accelerator's lanes best
         for part, size in regions.divided(region, m.settings.margin, m.detector.stride, sides):
-            window = _frame(m.detector, image, coarse, jnp.asarray(part), size)
+            window = m.call(_frame, m.detector, image, coarse, jnp.asarray(part), size)
             self.buckets.setdefault((size, image.shape), Bucket(m)).queue.append(Part(job, window))
             job.waiting += 1
         return []
@@ -359,15 +392,20 @@ def stream(
     num_lanes: int | None,
     devices: Sequence[Any] = (),
 ) -> Iterator[Refined]:
-    """Results as NumPy arrays, in the order of ``source``; one thread serves each device (none given: the default one).
+    """Results as NumPy arrays, in the order of ``source``; one thread serves each device.
+
+    No device given: the default one; if it is a CPU, as many threads serve it as there are cores, or images.
 
     At most :data:`AHEAD` images a lane are taken in before the first of them is handed out. Where their number isn't given,
     there are no more lanes than :data:`MOST_LANES`, nor many more than images, if ``source`` says how many there are.
     """
     count = max(len(source), 1) if isinstance(source, Sized) else MOST_LANES
     most = min(MOST_LANES, 1 << (count - 1).bit_length())  # few numbers, so few programs
-    servers: list[Any] = list(devices) or [jax.config.values["jax_default_device"]]
-    cpu = (devices[0].platform if devices else jax.default_backend()) == "cpu"
+    device = devices[0] if devices else jax.local_devices()[0]
+    cpu = device.platform == "cpu"
+    default = [jax.config.values["jax_default_device"]] * (min(cores(), count) if cpu else 1)
+    servers = [(device, Calls()) for device in devices] or list(zip(default, itertools.repeat(Calls())))
+    one_by_one = (num_lanes or (most if memory(device) != 0 else 1)) == 1  # no lane to fill: leave the next to other cores
     room = threading.Semaphore(AHEAD * (num_lanes or (1 if cpu else most)) * len(servers))
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     lock, stopped = threading.Lock(), threading.Event()
@@ -376,13 +414,16 @@ def stream(
         for job in jobs:
             results.put((job.number, jax.device_get(compose(job.image, job.coarse, job.solved))))
 
-    def serve(device: Any) -> None:
+    def serve(device: Any, call: Calls) -> None:
         try:
             with jax.default_device(device):
-                lanes = Lanes(Means(*_on(device, (detector, settings, inpaint)), num_lanes=num_lanes, most=most))
+                means = _on(device, (detector, settings, inpaint))
+                lanes = Lanes(Means(*means, num_lanes=num_lanes, most=most, call=call))
                 more = True
                 while not stopped.is_set():
-                    while more and room.acquire(blocking=not lanes.load) and not stopped.is_set():
+                    while more and not (one_by_one and lanes.load) and room.acquire(blocking=not lanes.load):
+                        if stopped.is_set():
+                            break
                         with lock:
                             number, image = next(images, (0, None))
                         if image is None:
@@ -402,8 +443,8 @@ def stream(
 
     with ThreadPoolExecutor(2 * len(servers), "f2pad") as readers, ThreadPoolExecutor(len(servers), "f2pad") as pool:
         images = enumerate(_read_ahead(source, readers, 2 * len(servers)))
-        for device in servers:
-            pool.submit(serve, device)
+        for server in servers:
+            pool.submit(serve, *server)
         waiting, serving, number = {}, len(servers), 0
         try:
             while serving or waiting:

@@ -44,8 +44,8 @@ def refine(
         inpaint: what makes the first guess n0: ``"mae"`` (the paper's), ``"exemplar"``, ``"harmonic"`` or any callable of
             (normalised image, region), a pytree or a function. Default: ``"mae"`` where a masked autoencoder's weights are
             installed and this is no trace, else ``"exemplar"``; the result says which.
-        lanes: parts of images solved side by side; default: 1 on a CPU, elsewhere as many as the device has memory for,
-            64 at most (inside a transform 16).
+        lanes: parts of images solved side by side; default: 1 on each core of a CPU, elsewhere as many as the device has
+            memory for, 64 at most (inside a transform 1 and 16).
         progress: called on the host as (done, total).
 
     Raises:
@@ -101,7 +101,7 @@ def refine_many(
         source: images as ``refine`` takes them, one at a time and of any sizes, or paths of image files.
         settings: as for ``refine``.
         inpaint: as for ``refine``.
-        lanes: as for ``refine``, on each device.
+        lanes: as for ``refine``, on each device, and on each core of a CPU that is the only one.
         devices: a bucket of lanes runs on each; default: all of this process (``jax.local_devices()``).
 
     Yields:

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -68,7 +70,9 @@ def test_paths_are_read_on_the_way(detector, images, alone, tmp_path):
         assert_same(result, alone[i])
 
 
-def test_no_more_images_are_taken_in_than_there_is_room_for(detector, images):
+@pytest.mark.parametrize("cores", [1, 3])
+def test_no_more_images_are_taken_in_than_there_is_room_for(detector, images, cores, monkeypatch):
+    monkeypatch.setattr(lanes_module, "cores", lambda: cores)
     taken = []
 
     def source():
@@ -79,7 +83,7 @@ def test_no_more_images_are_taken_in_than_there_is_room_for(detector, images):
     results = refine_many(detector, source(), settings=SHORT)
     for _ in range(3):
         next(results)
-    assert len(taken) <= 3 + lanes_module.AHEAD + 2 * 2  # delivered, taken in, and read ahead
+    assert len(taken) <= 3 + cores * (lanes_module.AHEAD + 2 * 2)  # delivered, taken in, and read ahead
     results.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("f2pad")]
 
@@ -119,6 +123,7 @@ def blocks():
 
 def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
     detector, images = blocks
+    monkeypatch.setattr(lanes_module, "cores", lambda: 1)
     real = lanes_module.lane_bytes
     monkeypatch.setattr(lanes_module, "MOST_LANES", 4)
     monkeypatch.setattr(lanes_module, "memory", lambda device: 2**40)
@@ -158,6 +163,7 @@ def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
 def test_groups_are_begun_and_decided_together(blocks, monkeypatch):
     """As on an accelerator: the masks are those of one part at a time, also where the last group is not full."""
     detector, images = blocks
+    monkeypatch.setattr(lanes_module, "cores", lambda: 1)
     alone = list(refine_many(detector, images, lanes=5))
     monkeypatch.setattr(lanes_module, "group", lambda device: 3)
     calls, decide = [], lanes_module.decide
@@ -174,8 +180,9 @@ def test_groups_are_begun_and_decided_together(blocks, monkeypatch):
     assert sum(map(len, calls)) == len(images) and max(map(len, calls)) == 3
 
 
-def test_the_same_programs_serve_every_lane(blocks):
+def test_the_same_programs_serve_every_lane(blocks, monkeypatch):
     """Which lane a part is in is no constant of a program."""
+    monkeypatch.setattr(lanes_module, "cores", lambda: 1)
     traced = []
 
     class Counted(MeanColour):
@@ -190,6 +197,69 @@ def test_the_same_programs_serve_every_lane(blocks):
         assert len(list(refine_many(Counted(detector.colour, detector.calibration), images, lanes=lanes))) == len(images)
         counts.append(len(traced) - before)
     assert counts[0] >= counts[1] > counts[2] == counts[3] > 0  # several have an axis, which the first of them brings
+
+
+@pytest.mark.parametrize("lanes", [None, 2])
+def test_all_cores_of_a_cpu_give_what_one_gives(blocks, lanes, monkeypatch):
+    """The images are shared out one at a time, and no program is compiled by two of the cores."""
+    detector, images = blocks
+    traced, served = [], {}
+
+    class Counted(MeanColour):
+        def raw_scores(self, image, where):
+            traced.append(image.shape)
+            return super().raw_scores(image, where)
+
+    together, turn = threading.Barrier(3, timeout=60), lanes_module.Lanes.turn
+
+    def turning(self):
+        name = threading.current_thread().name
+        if name not in served:
+            served[name] = 0
+            together.wait()  # so that no core does all the work before the others start
+        served[name] += 1
+        assert self.load <= (1 if lanes is None else len(images))
+        return turn(self)
+
+    monkeypatch.setattr(lanes_module, "cores", lambda: 1)
+    one = list(refine_many(Counted(detector.colour, detector.calibration), images, lanes=lanes))
+    count = len(traced)
+    traced.clear()
+    jax.clear_caches()
+    monkeypatch.setattr(lanes_module, "cores", lambda: 3)
+    monkeypatch.setattr(lanes_module.Lanes, "turn", turning)
+    several = list(refine_many(Counted(detector.colour, detector.calibration), images, lanes=lanes))
+    assert len(served) == 3 and min(served.values()) > 0
+    for a, b in zip(one, several, strict=True):
+        assert a.mask.any()
+        assert_same(a, b)
+    assert len(traced) == count > 0
+
+
+def test_the_first_call_of_a_program_is_made_alone():
+    inside, most, call = [], [], lanes_module.Calls()
+
+    def program(x):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return 2 * x
+
+    with ThreadPoolExecutor(4) as pool:
+        first = [f.result() for f in [pool.submit(call, program, jnp.ones(3)) for _ in range(4)]]
+    assert most[0] == 1 and max(most) > 1 and all((x == 2).all() for x in first)
+    most.clear()
+    with ThreadPoolExecutor(4) as pool:  # of other shapes: each is a first call
+        list(pool.map(lambda n: call(program, jnp.ones(n)), (4, 5, 6, 7)))
+    assert most == [1, 1, 1, 1]
+
+
+def test_cores_are_those_that_xla_has(monkeypatch):
+    monkeypatch.setenv("NPROC", "3")
+    assert lanes_module.cores() == 3
+    monkeypatch.delenv("NPROC")
+    assert 1 <= lanes_module.cores() <= (os.cpu_count() or 1)
 
 
 TWO_DEVICES = """
