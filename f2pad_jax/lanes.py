@@ -402,17 +402,16 @@ def stream(
     count = max(len(source), 1) if isinstance(source, Sized) else MOST_LANES
     most = min(MOST_LANES, 1 << (count - 1).bit_length())  # few numbers, so few programs
     device = devices[0] if devices else jax.local_devices()[0]
-    cpu = device.platform == "cpu"
-    default = [jax.config.values["jax_default_device"]] * (min(cores(), count) if cpu else 1)
+    default = [jax.config.values["jax_default_device"]] * (min(cores(), count) if device.platform == "cpu" else 1)
     servers = [(device, Calls()) for device in devices] or list(zip(default, itertools.repeat(Calls())))
-    one_by_one = (num_lanes or (most if memory(device) != 0 else 1)) == 1  # no lane to fill: leave the next to other cores
-    room = threading.Semaphore(AHEAD * (num_lanes or (1 if cpu else most)) * len(servers))
+    lanes_each = num_lanes or (1 if memory(device) == 0 else most)
+    room = threading.Semaphore(AHEAD * lanes_each * len(servers))
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     lock, stopped = threading.Lock(), threading.Event()
 
-    def deliver(jobs: list[Job]) -> None:
+    def deliver(jobs: list[Job], call: Calls) -> None:
         for job in jobs:
-            results.put((job.number, jax.device_get(compose(job.image, job.coarse, job.solved))))
+            results.put((job.number, jax.device_get(call(compose, job.image, job.coarse, job.solved))))
 
     def serve(device: Any, call: Calls) -> None:
         try:
@@ -421,7 +420,8 @@ def stream(
                 lanes = Lanes(Means(*means, num_lanes=num_lanes, most=most, call=call))
                 more = True
                 while not stopped.is_set():
-                    while more and not (one_by_one and lanes.load) and room.acquire(blocking=not lanes.load):
+                    # one lane has none beside it to fill: the next image is left to other cores
+                    while more and not (lanes_each == 1 and lanes.load) and room.acquire(blocking=not lanes.load):
                         if stopped.is_set():
                             break
                         with lock:
@@ -431,12 +431,12 @@ def stream(
                             room.release()
                             break
                         try:
-                            deliver(lanes.take(number, image.result()))
+                            deliver(lanes.take(number, image.result()), call)
                         except F2padError as error:
                             results.put((number, error))
                     if not lanes.load:
                         break
-                    deliver(lanes.turn())
+                    deliver(lanes.turn(), call)
             results.put((DONE, None))
         except BaseException as error:  # raised where it is waited for
             results.put((DONE, error))
