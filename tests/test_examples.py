@@ -13,7 +13,7 @@ from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.base import NormalImages
 from f2pad_jax.evaluation.metrics import iou
 
-SIDE = 64
+SIDE = 128  # 8x8 positions of the vision transformer; with the 4x4 of 64 pixels chance decides
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILE = EXAMPLES / "own_detector.py"
 
@@ -39,7 +39,7 @@ def solver_example():
 
 @pytest.fixture(scope="module")
 def texture():
-    return load_texture("brick", size=SIDE, num_train=6, num_test=2)
+    return load_texture("brick", size=SIDE, num_train=6, num_test=4)
 
 
 @pytest.fixture(scope="module", params=["efficientnet-lite0", "vit-tiny"])
@@ -87,7 +87,7 @@ def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp
         np.mean([iou(masks[i], test.mask) for i, test in enumerate(texture.test)])
         for masks in (found.coarse_mask, found.mask)
     )
-    assert after > 0.4 and after > before + 0.1
+    assert after > 0.5 and after > before + 0.15
 
 
 def test_a_solver_of_ones_own_is_less_than_40_lines_and_refines(solver_example, texture, shallow_backbone):
