@@ -1,10 +1,12 @@
 """Local gradient sharing as a fixed bilateral-weight convolution (paper, Eq. 13-14)."""
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class GradientSharing(eqx.Module):
@@ -17,9 +19,15 @@ class GradientSharing(eqx.Module):
 
     def __call__(self, gradient: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         """g_ij = Σ w_i'j' ∇F at (i+i', j+j')."""
-        total = jnp.zeros_like(gradient)
-        for t, shifted in enumerate(_neighbours(gradient, self.taps, 0.0)):
-            total = total + self.weights[t, :, :, None] * shifted
+        shifted = _shifts(gradient, self.taps, 0.0)
+
+        def add(total, tap):
+            weights, offset = tap
+            return total + weights[..., None] * shifted(offset), None
+
+        # on a CPU a loop: so cheap a sum XLA would work out anew for each of the moments that take it
+        rounds = 1 if jax.default_backend() == "cpu" else len(self.taps)
+        total, _ = jax.lax.scan(add, jnp.zeros_like(gradient), (self.weights, jnp.array(self.taps)), unroll=rounds)
         return total
 
 
@@ -40,20 +48,17 @@ class Sharing(eqx.Module):
         span = range(-self.radius, self.radius + 1)
         spatial = {(i, j): math.exp(-(i * i + j * j) / self.sigma0) for i in span for j in span}
         taps = tuple(tap for tap, weight in spatial.items() if weight >= self.cutoff)
+        shifted = _shifts(x, taps, jnp.inf)
         weights = jnp.stack(
-            [
-                spatial[tap] * jnp.exp(-jnp.sum((shifted - x) ** 2, axis=-1) / self.sigma1)
-                for tap, shifted in zip(taps, _neighbours(x, taps, jnp.inf), strict=True)
-            ]
+            [spatial[tap] * jnp.exp(-jnp.sum((shifted(tap) - x) ** 2, axis=-1) / self.sigma1) for tap in taps]
         )
         return GradientSharing(taps, weights / jnp.sum(weights, axis=0))
 
 
-def _neighbours(
+def _shifts(
     image: Float[Array, "h w c"], taps: tuple[tuple[int, int], ...], beyond: float
-) -> list[Float[Array, "h w c"]]:
-    """The image shifted by each tap: pad once, slice."""
-    h, w, _ = image.shape
-    r = max(max(abs(i), abs(j)) for i, j in taps)
-    padded = jnp.pad(image, ((r, r), (r, r), (0, 0)), constant_values=beyond)
-    return [padded[r + i : r + i + h, r + j : r + j + w] for i, j in taps]
+) -> Callable[[tuple[int, int] | Int[Array, " 2"]], Float[Array, "h w c"]]:
+    """What shifts the image by one of the taps: it is padded once, then sliced."""
+    reach = max(max(abs(i), abs(j)) for i, j in taps)
+    padded = jnp.pad(image, ((reach, reach), (reach, reach), (0, 0)), constant_values=beyond)
+    return lambda tap: jax.lax.dynamic_slice(padded, (reach + tap[0], reach + tap[1], 0), image.shape)
