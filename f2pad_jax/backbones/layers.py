@@ -54,16 +54,16 @@ class Conv(nnx.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int | None = None):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
-        self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, c_in, c_out)))
+        self.kernel: nnx.Param | nnx.List = nnx.Param(jnp.zeros((kernel_size, kernel_size, c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
     def __call__(self, x: Float[Array, "h w c_in"]) -> Float[Array, "h2 w2 c_out"]:
         """Channels mixed over each neighbourhood."""
+        if isinstance(self.kernel, nnx.List):
+            return jnp.asarray(winograd(x, tuple(matrix[...] for matrix in self.kernel))) + self.bias[...]
         kernel, k, s, p = self.kernel[...], self.kernel_size, self.stride, self.padding
         pads = [same_padding(size, k, s) if p is None else (p, p) for size in x.shape[:2]]
-        if kernel.ndim == 3:
-            y = jnp.asarray(winograd(x, kernel))
-        elif s > 1 and jax.default_backend() == "cpu":
+        if s > 1 and jax.default_backend() == "cpu":
             y = strided_product(jnp.pad(x, (*pads, (0, 0))), kernel, s)
         else:
             y = convolved(x, kernel, s, pads)
@@ -71,8 +71,10 @@ class Conv(nnx.Module):
 
     def prepare(self) -> None:
         """Bring the kernel into the form this backend runs fastest."""
-        if jax.default_backend() == "cpu" and (self.kernel_size, self.stride) == (3, 1) and self.padding in (1, None):
-            self.kernel = nnx.Param(winograd_kernel(self.kernel[...]))
+        suits = (self.kernel_size, self.stride) == (3, 1) and self.padding in (1, None) and jax.default_backend() == "cpu"
+        if suits and isinstance(self.kernel, nnx.Param):
+            # sixteen arrays: out of one, XLA would copy each matrix at every step
+            self.kernel = nnx.List([nnx.Param(matrix) for matrix in winograd_kernel(self.kernel[...])])
 
     @staticmethod
     def layout(kernel: np.ndarray) -> np.ndarray:
@@ -121,13 +123,13 @@ def winograd_kernel(kernel: Float[Array, "3 3 c_in c_out"]) -> Float[Array, "16 
 
 
 def _winograd(
-    x: Float[Array, "h w c"], kernel: Float[Array, "16 c_in c_out"], *, turned: bool = False
+    x: Float[Array, "h w c"], kernel: tuple[Float[Array, "c_in c_out"], ...], *, turned: bool = False
 ) -> Float[Array, "h w _c"]:
     """3 x 3 convolution with one pixel of zero padding, by F(2x2, 3x3) of Lavin & Gray (2015): Aᵀ[(G g Gᵀ)(Bᵀ d B)]A.
 
     Each 4 x 4 tile gives 2 x 2 pixels with 16 products per pair of channels instead of 36: sixteen matrix products.
-    ``kernel`` is :func:`winograd_kernel`'s. ``turned``: with the kernel turned round, from its outputs to its inputs, whose
-    G g Gᵀ has rows 0 and 3, and columns 0 and 3, exchanged.
+    ``kernel`` has :func:`winograd_kernel`'s matrices. ``turned``: with the kernel turned round, from its outputs to its
+    inputs, whose G g Gᵀ has rows 0 and 3, and columns 0 and 3, exchanged.
     """
     order = (3, 1, 2, 0) if turned else (0, 1, 2, 3)
 
