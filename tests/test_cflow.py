@@ -36,8 +36,8 @@ COUNTS = (24, 40)
 """Their channels."""
 CORNER = jnp.zeros(2, jnp.int32)
 
-flow_jit = jax.jit(Flow.__call__)
-log_likelihood = jax.jit(Flow.log_likelihood)
+flow_jit = jax.jit(lambda flow, features, condition: flow(features, flow.biases(condition)))
+log_likelihood = jax.jit(lambda flow, features, condition: flow.log_likelihood(features, flow.biases(condition)))
 
 
 def initial_flow(seed, channels, num_blocks):
@@ -131,7 +131,7 @@ def test_log_determinant_is_that_of_the_jacobian(channels):
     with jax.enable_x64(True):
         flow = perturbed(initial_flow(0, channels, 2), 1, np.float64)
         features, condition = samples(2, 5, channels, np.float64)
-        jacobian = jax.jit(jax.vmap(jax.jacobian(lambda f, c: flow(f[None], c[None])[0][0])))(features, condition)
+        jacobian = jax.jit(jax.vmap(jax.jacobian(lambda f, c: flow_jit(flow, f[None], c[None])[0][0])))(features, condition)
         sign, expected = jnp.linalg.slogdet(jacobian)
         _, found = flow_jit(flow, features, condition)
         assert np.all(np.asarray(sign) == 1)
@@ -262,7 +262,7 @@ def test_training_steps_are_optax_adams():
     @jax.value_and_grad
     def loss(flow, indices):
         of_positions = jnp.tile(conditions, (4, 1))[indices]  # four images of six positions
-        return -jnp.mean(jax.nn.log_sigmoid(flow.log_likelihood(features[indices], of_positions)))
+        return -jnp.mean(jax.nn.log_sigmoid(log_likelihood(flow, features[indices], of_positions)))
 
     optimiser = optax.adam(lambda count: jnp.asarray(rates)[count])
     flow, state, losses = start, optimiser.init(start), []
@@ -353,7 +353,7 @@ def test_fitting_is_adam_at_the_published_rates_on_the_features_of_all_images(de
     """Where all vectors make one batch and no image is turned, nothing is drawn at random but the first weights."""
 
     def mean_loss(flow, vectors, where):
-        return -jnp.mean(jax.nn.log_sigmoid(flow.log_likelihood(vectors, where)))
+        return -jnp.mean(jax.nn.log_sigmoid(log_likelihood(flow, vectors, where)))
 
     rng = np.random.default_rng(5)
     maps = [maps_of(shallow, normals[i]) for i in range(3)]
@@ -470,9 +470,11 @@ def test_window_has_the_position_encodings_of_its_corner(detector, test_image, c
     (top, left), (h, w) = corner, (24, 32)
     window = test_image[top : top + h, left : left + w]
     found = window_scores(detector, window, jnp.array(corner))
-    for flow, whole, s, features, encoding, score in zip(detector.flows, encodings(), (4, 8), *found, strict=True):
+    for flow, whole, s, features, biases, score in zip(detector.flows, encodings(), (4, 8), *found, strict=True):
         here = whole[top // s : (top + h) // s, left // s : (left + w) // s]
-        np.testing.assert_array_equal(encoding, here)
+        for bias, block in zip(biases, flow.blocks, strict=True):
+            weights = np.asarray(block.weight1, np.float64)[-128:]
+            np.testing.assert_allclose(bias, here @ weights + block.bias1, rtol=0, atol=1e-5 * np.abs(bias).max())
         flat = [jnp.asarray(a).reshape(h * w // s**2, -1) for a in (features, here)]
         expected = np.logaddexp(0, -np.asarray(log_likelihood(flow, *flat), np.float64)).reshape(score.shape)
         np.testing.assert_allclose(score, expected, rtol=1e-4)

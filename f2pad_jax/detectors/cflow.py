@@ -46,13 +46,17 @@ class Coupling(eqx.Module):
     rotation: Float[Array, "C C"]
     """Fixed, drawn from SO(C); not trained."""
 
+    def bias(self, condition: Float[Array, "*n d_c"]) -> Float[Array, "*n units"]:
+        """Of the hidden units, given the condition."""
+        return condition @ self.weight1[-condition.shape[-1] :] + self.bias1
+
     def __call__(
-        self, features: Float[Array, "n C"], condition: Float[Array, "n d_c"]
+        self, features: Float[Array, "n C"], bias: Float[Array, "n units"]
     ) -> tuple[Float[Array, "n C"], Float[Array, " n"]]:
         """The transformed features and the logarithm of the Jacobian's determinant."""
         half = self.weight2.shape[1] // 2
         first, second = features[:, :-half], features[:, -half:]
-        hidden = jax.nn.relu(jnp.concatenate([first, condition], axis=1) @ self.weight1 + self.bias1)
+        hidden = jax.nn.relu(first @ self.weight1[: first.shape[1]] + bias)
         coefficients = 0.1 * (hidden @ self.weight2 + self.bias2)
         log_scale = CLAMP * jnp.tanh(coefficients[:, :half])
         second = second * jnp.exp(log_scale) + coefficients[:, half:]
@@ -88,13 +92,17 @@ class Flow(eqx.Module):
 
     blocks: tuple[Coupling, ...]
 
+    def biases(self, condition: Float[Array, "*n d_c"]) -> tuple[Float[Array, "*n units"], ...]:
+        """Of each block's hidden units: all that the condition has a part in, and so the same whatever the features."""
+        return tuple(block.bias(condition) for block in self.blocks)
+
     def __call__(
-        self, features: Float[Array, "n C"], condition: Float[Array, "n d_c"]
+        self, features: Float[Array, "n C"], biases: tuple[Float[Array, "n units"], ...]
     ) -> tuple[Float[Array, "n C"], Float[Array, " n"]]:
         """The latent z, and log |det dz/df|."""
         log_determinant = jnp.zeros(len(features), features.dtype)
-        for block in self.blocks:
-            features, more = block(features, condition)
+        for block, bias in zip(self.blocks, biases, strict=True):
+            features, more = block(features, bias)
             log_determinant += more
         return features, log_determinant
 
@@ -104,9 +112,11 @@ class Flow(eqx.Module):
         first = self.blocks[0]
         return first.weight1.shape[0] - (len(first.global_scale) - len(first.global_scale) // 2)
 
-    def log_likelihood(self, features: Float[Array, "n C"], condition: Float[Array, "n d_c"]) -> Float[Array, " n"]:
+    def log_likelihood(
+        self, features: Float[Array, "n C"], biases: tuple[Float[Array, "n units"], ...]
+    ) -> Float[Array, " n"]:
         """Logarithm of the density, per channel: (log N(z; 0, 1) + log |det|) / C."""
-        z, log_determinant = self(features, condition)
+        z, log_determinant = self(features, biases)
         c = features.shape[1]
         return (-0.5 * jnp.sum(z**2, axis=1) + log_determinant) / c - 0.5 * math.log(2 * math.pi)
 
@@ -237,28 +247,28 @@ class CFlow(AbstractDetector):
 
     def locate(
         self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]
-    ) -> tuple[Float[Array, "_h_k _w_k d_c"], ...]:
-        """The position encodings of the window."""
+    ) -> tuple[tuple[Float[Array, "_h_k _w_k _units"], ...], ...]:
+        """What the flows make of the position encodings of the window."""
         windows = []
         for stride, flow in zip(self.backbone.strides, self.flows, strict=True):
             encoding = jnp.asarray(position_encoding(self.size[0] // stride, self.size[1] // stride, flow.condition))
             shape = (image.shape[0] // stride, image.shape[1] // stride, flow.condition)
             first = jnp.append(jnp.asarray(corner) // stride, 0)
-            windows.append(jax.lax.dynamic_slice(encoding, first, shape))
+            windows.append(flow.biases(jax.lax.dynamic_slice(encoding, first, shape)))
         return tuple(windows)
 
     def log_likelihoods(
-        self, image: Float[Array, "h w 3"], where: tuple[Float[Array, "_h_k _w_k d_c"], ...]
+        self, image: Float[Array, "h w 3"], where: tuple[tuple[Float[Array, "_h_k _w_k _units"], ...], ...]
     ) -> tuple[Float[Array, "_h_k _w_k"], ...]:
         """Log-density per channel at every position of every layer."""
         out = []
-        for flow, features, condition in zip(self.flows, self.features(image), where, strict=True):
-            flat = [a.reshape(-1, a.shape[-1]) for a in (features, condition)]
+        for flow, features, biases in zip(self.flows, self.features(image), where, strict=True):
+            flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (features, biases))
             out.append(flow.log_likelihood(*flat).reshape(features.shape[:2]))
         return tuple(out)
 
     def raw_scores(
-        self, image: Float[Array, "h w 3"], where: tuple[Float[Array, "_h_k _w_k d_c"], ...]
+        self, image: Float[Array, "h w 3"], where: tuple[tuple[Float[Array, "_h_k _w_k _units"], ...], ...]
     ) -> tuple[Float[Array, "_h_k _w_k"], ...]:
         """-log σ(log p), Eq. (6) with its sign turned."""
         return tuple(jax.nn.softplus(-log_p) for log_p in self.log_likelihoods(image, where))
@@ -352,7 +362,7 @@ def train(
     """
 
     def loss(flow: Flow, indices: Int[Array, " b"]) -> Float[Array, ""]:
-        log_p = flow.log_likelihood(features[indices], conditions[indices % len(conditions)])
+        log_p = flow.log_likelihood(features[indices], flow.biases(conditions[indices % len(conditions)]))
         return jnp.mean(jax.nn.softplus(-log_p))
 
     def step(carry, inputs):
