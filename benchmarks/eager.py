@@ -144,7 +144,8 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
         m, v, s = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * d, b3 * s + (1 - b3) * (g + b2 * d) ** 2
         direction = (m / (1 - b1**k) + b2 * v / (1 - b2**k)) / (torch.sqrt(s / (1 - b3**k)) + 1e-8)
         gamma = 0.3 / (x - n).abs().clamp(min=1.0)
-        n, before = torch.where(region, torch.clamp(n - gamma * direction, low, high), x), g
+        moved = torch.clamp(n - gamma * direction, low, high)
+        n, before = torch.where(region & ((x - n) * (x - moved) >= 0), moved, x), g
     return n.permute(1, 2, 0).cpu().numpy()
 
 

@@ -37,9 +37,10 @@ def problem():
     return Problem.make(detector, x, region, None, beta=0.02)
 
 
-def test_the_loop_equals_a_plain_python_one(problem):
+@pytest.mark.parametrize("crossing", [False, True])
+def test_the_loop_equals_a_plain_python_one(problem, crossing):
     """Algorithm 1 written out step by step, in NumPy but for the objective's gradient."""
-    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0))
+    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0), crossing=crossing)
     solution = solve(solver, problem, jnp.zeros_like(problem.x), max_steps=20, steps_per_check=1)
 
     x, region = np.asarray(problem.x, np.float64), np.asarray(problem.region)
@@ -64,9 +65,12 @@ def test_the_loop_equals_a_plain_python_one(problem):
         hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
         direction = (hats[0] + 0.92 * hats[1]) / (np.sqrt(hats[2]) + 1e-8)
         gamma = solver.learning_rate / np.maximum(np.abs(x - n), solver.delta)
-        n = np.where(region[..., None], np.clip(n - gamma * direction, LOWEST, HIGHEST), x)
+        before, n = n, np.where(region[..., None], np.clip(n - gamma * direction, LOWEST, HIGHEST), x)
+        if not crossing:
+            n = np.where((before - x) * (n - x) < 0, x, n)
         previous = g
     assert solution.steps == 20
+    assert np.any(n[region] == x[region]) != crossing
     np.testing.assert_allclose(np.asarray(solution.n), n, atol=1e-6)
 
 
@@ -89,6 +93,22 @@ def test_it_stops_when_little_is_gained(problem):
     assert impatient.outcome == Outcome.CONVERGED and impatient.steps == 20
     never = solve(Descent(tolerance=-1e9), problem, problem.x, max_steps=30)
     assert never.outcome == Outcome.STEP_LIMIT and never.steps == 30
+
+
+def test_a_first_guess_that_is_right_is_not_thrown_away(problem):
+    """Where n0 is x but for the patch, and β so large that it alone decides the first steps."""
+    patch = jnp.zeros((24, 24, 1), bool).at[8:14, 9:17].set(True)
+    good, noise = np.asarray(problem.region & ~patch[..., 0]), 0.01 * jax.random.normal(jax.random.key(1), (24, 24, 3))
+    problem = problem.with_beta(2.0)
+    n0 = problem.x + jnp.where(patch, -1.5, noise)
+    farthest = {}
+    for crossing in (False, True):
+        step = eqx.filter_jit(Descent(crossing=crossing).step)
+        state, farthest[crossing] = Descent().init(problem, n0), 0.0
+        for _ in range(20):
+            state = step(problem, state)
+            farthest[crossing] = max(farthest[crossing], np.abs(state.n - problem.x)[good].mean())
+    assert farthest[False] < 0.12 < 0.25 < farthest[True]
 
 
 def test_an_empty_region_takes_no_step(problem):

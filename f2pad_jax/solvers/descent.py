@@ -58,6 +58,10 @@ class Descent(AbstractSolver):
     """Bound on each component of the shared gradient. Paper: 0.03 at an unstated scale of the loss; at ours it hurts."""
     sharing: Sharing | None = Sharing()
     """Eq. (13)-(14); None for the gradient as it is."""
+    crossing: bool = eqx.field(static=True, default=False)
+    """Whether one step may take a channel to the other side of x. If not it ends on x, where the penalty has its kink,
+    and the next step is free again (Andrew and Gao 2007, OWL-QN); without sparsity there is no kink. Paper: yes, but where
+    n0 is x up to the defect β is large, and the first steps, as long everywhere, throw n away from x."""
     tolerance: Scalar = 0.05
     """Converged when the objective falls by less than this a step. Paper: 0.05, PaDiM 0.1, at an unstated scale."""
 
@@ -73,8 +77,11 @@ class Descent(AbstractSolver):
         g = shared(gradient, inside, share, self.clip)
         optimiser = optax.with_extra_args_support(self.optimiser)
         updates, moments = optimiser.update(g, moments, state.n, value=objective, grad=g, value_fn=problem)
-        gamma = step_size(self.learning_rate, self.gamma0, self.delta, problem.x - state.n)
-        n = jnp.where(inside, jnp.clip(state.n + gamma * jnp.asarray(updates), LOWEST, HIGHEST), problem.x)
+        a = problem.x - state.n
+        gamma = step_size(self.learning_rate, self.gamma0, self.delta, a)
+        n = jnp.clip(state.n + gamma * jnp.asarray(updates), LOWEST, HIGHEST)
+        crossed = (problem.weights.beta > 0) & (a * (problem.x - n) < 0)
+        n = jnp.where(inside if self.crossing else inside & ~crossed, n, problem.x)
         return State(n, objective, Memory(share, moments))
 
 
