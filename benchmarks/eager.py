@@ -145,7 +145,7 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
         direction = (m / (1 - b1**k) + b2 * v / (1 - b2**k)) / (torch.sqrt(s / (1 - b3**k)) + 1e-8)
         gamma = 0.3 / (x - n).abs().clamp(min=1.0)
         moved = torch.clamp(n - gamma * direction, low, high)
-        n, before = torch.where(region & ((x - n) * (x - moved) >= 0), moved, x), g
+        n, before = torch.where(region & (((x - n) * (x - moved)).sum(0) >= 0), moved, x), g
     return n.permute(1, 2, 0).cpu().numpy()
 
 
