@@ -32,7 +32,7 @@ from f2pad_jax.data.images import read_image
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import F2padError, ImageError
 from f2pad_jax.inpaint import Inpainter
-from f2pad_jax.masks import AbstractDecision, Evidence
+from f2pad_jax.masks import Evidence
 from f2pad_jax.objective import Problem
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers.loop import Iterate, advance, begin, finish
@@ -190,7 +190,7 @@ class Bucket:
         complete, self.starts = [], []
         for i, part in done:
             if part.found is not None:
-                what = part.job.solved, part.window, part.found, m.settings.decision, jnp.asarray(i)
+                what = part.job.solved, part.window, part.found, jnp.asarray(i)
                 part.job.solved = m.call(settle, what, self.lanes)
                 part.job.waiting -= 1
                 self.parts[i] = None
@@ -340,10 +340,10 @@ def decide(means: tuple[AbstractDetector, Sequence[Window], Settings, Int[Array,
 
 
 @eqx.filter_jit
-def settle(what: tuple[Solved, Window, Solved, AbstractDecision, Int[Array, ""]], lanes: Lane) -> Solved:
+def settle(what: tuple[Solved, Window, Solved, Int[Array, ""]], lanes: Lane) -> Solved:
     """An image with one more part, whose n has been estimated again in lane ``i``."""
-    image, window, found, decision, i = what
-    return merged(image, window.pasted(dataclasses.replace(found, n=lanes.picked(i).iterate.state.n), decision))
+    image, window, found, i = what
+    return merged(image, window.pasted(dataclasses.replace(found, n=lanes.picked(i).iterate.state.n)))
 
 
 _frame = eqx.filter_jit(Window.around)

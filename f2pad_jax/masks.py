@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from f2pad_jax.detectors.base import coarse_map
-from f2pad_jax.objective import Problem, norm
-from f2pad_jax.region import erode, filled, opened, reached
+from f2pad_jax.objective import Problem
+from f2pad_jax.region import filled, opened, reached
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
 from f2pad_jax.views import scaled
@@ -38,11 +38,6 @@ class AbstractDecision(eqx.Module):
     @abc.abstractmethod
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
         """The anomalous pixels."""
-
-    def outline(self, mask: Bool[Array, "h w"], a: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
-        """The mask once ``a`` inside it is known from n without sparsity; unless said otherwise the same."""
-        del a
-        return mask
 
 
 class Residual(AbstractDecision):
@@ -82,9 +77,6 @@ class Mixture(AbstractDecision):
 
     Where the scores stay as they were although the coarse map stands out, the residual has missed a part, as it does where
     a glaring part of a defect passes for all of it. That is tried as well, and is kept where it takes scores.
-
-    In the end n is known inside the mask. Where a defect has a soft edge, or its border goes through pixels, the outline is
-    where it is half as strong.
     """
 
     steepness: Scalar = 3.0
@@ -106,9 +98,6 @@ class Mixture(AbstractDecision):
     missed: Scalar = 0.7
     """Share of the excess score around a pixel: if more is left when the mask is replaced, the mask may have missed it, and
     has, if less than this share of that is left when what may be missed is replaced as well."""
-    outer: Scalar = 0.5
-    """A pixel at the border of the mask is outside where the anomaly is less than this share of the largest within two
-    pixels."""
 
     def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
         """Where the posterior exceeds one half and what that missed, opened 2x2, filled, and kept where the map reaches."""
@@ -127,12 +116,6 @@ class Mixture(AbstractDecision):
         (one, more), (before, after) = masks[1], around[1]
         mask = filled(opened(one | (more & (after < self.missed * before)), 2))
         return reached(evidence.excess > evidence.threshold, mask)
-
-    def outline(self, mask: Bool[Array, "h w"], a: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
-        """The mask without those pixels of its border where the anomaly is no more than fading out."""
-        size = jnp.where(mask, norm(a), 0.0)
-        largest = jax.lax.reduce_window(size, 0.0, jax.lax.max, (5, 5), (1, 1), "same")
-        return mask & (erode(mask, 1) | (size >= self.outer * largest))
 
     def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
         """The probability of an anomaly, 0 outside the region, from either start."""

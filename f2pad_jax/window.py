@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from f2pad_jax import region as regions
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.inpaint import Inpainter, exemplar, harmonic
-from f2pad_jax.masks import AbstractDecision, Evidence
+from f2pad_jax.masks import Evidence
 from f2pad_jax.objective import Problem, paper_weight, sparsity_weight
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Outcome, solve
@@ -155,12 +155,10 @@ class Window(eqx.Module):
         )
         return problem.with_beta(sparse * beta), n0
 
-    def pasted(self, part: Solved, decision: AbstractDecision) -> Solved:
-        """What was made of this part, in the image, its mask outlined; n is the image outside it."""
-        x = self.own.crop(self.image)
-        outlined = decision.outline(part.mask, x - part.n)
-        n = jnp.where(outlined[..., None], part.n, x)
-        mask = self.own.paste(outlined, jnp.zeros(_size(self.image), bool))
+    def pasted(self, part: Solved) -> Solved:
+        """What was made of this part, in the image; n is the image outside the part's mask."""
+        n = jnp.where(part.mask[..., None], part.n, self.own.crop(self.image))
+        mask = self.own.paste(part.mask, jnp.zeros(_size(self.image), bool))
         return Solved(mask, self.own.paste(n, self.image), part.steps, part.objective, part.outcome)
 
 
@@ -191,7 +189,7 @@ def solve_window(
 
     _, (masks, solutions) = jax.lax.scan(decompose, w.region, phases(s))  # one loop: the solver is compiled once
     first = jax.tree.map(lambda leaf: leaf[0], solutions)
-    return w.pasted(Solved(masks[0], solutions.n[1], first.steps, first.objective, first.outcome), s.decision)
+    return w.pasted(Solved(masks[0], solutions.n[1], first.steps, first.objective, first.outcome))
 
 
 @jax.jit

@@ -130,29 +130,6 @@ def test_a_residual_that_says_nothing_leaves_the_coarse_map(rng, region, excess)
     assert iou(mask, (excess > 1) & region) > 0.85
 
 
-def test_the_outline_of_a_soft_edge_is_where_it_is_half_as_strong(rng):
-    """A patch whose opacity falls from 1 over 0.8 and 0.3 to 0, on noise that n does not match."""
-    opacity = np.zeros((SIZE, SIZE))
-    for side, value in ((3, 0.3), (2, 0.8), (1, 1.0)):
-        opacity[12 + 3 - side : 30 - 3 + side, 15 + 3 - side : 38 - 3 + side] = value
-    a = (1.2 * opacity[..., None] + 0.03 * rng.standard_normal((SIZE, SIZE, 3))).astype(np.float32)
-    outlined = Mixture().outline(jnp.asarray(opacity > 0), jnp.asarray(a))
-    np.testing.assert_array_equal(outlined, opacity > 0.5)
-    np.testing.assert_array_equal(Residual().outline(jnp.asarray(opacity > 0), jnp.asarray(a)), opacity > 0)
-
-
-def test_the_outline_equals_a_search_around_every_pixel(rng):
-    mask, a = rng.random((20, 31)) < 0.8, rng.standard_normal((20, 31, 3)).astype(np.float32)
-    mask[4:12, 5:16] = True
-    size, kept = np.linalg.norm(a, axis=-1) * mask, mask.copy()
-    for i, j in np.argwhere(mask):
-        inside = mask[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].all()
-        largest = size[max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].max()
-        kept[i, j] = inside or size[i, j] >= 0.5 * largest
-    assert kept.sum() < mask.sum()
-    np.testing.assert_array_equal(Mixture().outline(jnp.asarray(mask), jnp.asarray(a)), kept)
-
-
 def test_what_a_defect_encloses_belongs_to_it(rng, region, excess):
     ring = np.zeros((SIZE, SIZE), bool)
     ring[12:36, 12:36] = True
