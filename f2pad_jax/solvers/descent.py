@@ -59,10 +59,10 @@ class Descent(AbstractSolver):
     sharing: Sharing | None = Sharing()
     """Eq. (13)-(14); None for the gradient as it is."""
     crossing: bool = eqx.field(static=True, default=False)
-    """Whether one step may take a pixel to the other side of x, which is where a and the next a point away from each other.
-    If not it ends on x, where the penalty has its kink, and the next step is free again, as in OWL-QN (Andrew and Gao 2007)
-    but a pixel at a time; without sparsity there is no kink. Paper: yes, but where n0 is x up to the defect β is large, and
-    the first steps, as long everywhere, throw n away from x."""
+    """Whether one step may take a pixel to the other side of x, so that a·a' < 0. If not it ends on x, where the penalty
+    has its kink, and the next step is free again, as in OWL-QN (Andrew and Gao 2007) but a pixel at a time; without
+    sparsity there is no kink. Paper: yes, but where n0 is x up to the defect β is large, and the first steps, as long
+    everywhere, throw n away from x."""
     tolerance: Scalar = 0.05
     """Converged when the objective falls by less than this a step. Paper: 0.05, PaDiM 0.1, at an unstated scale."""
 
@@ -81,8 +81,9 @@ class Descent(AbstractSolver):
         a = problem.x - state.n
         gamma = step_size(self.learning_rate, self.gamma0, self.delta, a)
         n = jnp.clip(state.n + gamma * jnp.asarray(updates), LOWEST, HIGHEST)
-        crossed = (problem.weights.beta > 0) & (jnp.sum(a * (problem.x - n), axis=-1, keepdims=True) < 0)
-        n = jnp.where(inside if self.crossing else inside & ~crossed, n, problem.x)
+        crossed = jnp.sum(a * (problem.x - n), axis=-1, keepdims=True) < 0
+        stopped = crossed & (problem.weights.beta > 0) & (not self.crossing)
+        n = jnp.where(inside & ~stopped, n, problem.x)
         return State(n, objective, Memory(share, moments))
 
 
