@@ -88,7 +88,10 @@ class Mixture(AbstractDecision):
     tolerance: int = eqx.field(static=True, default=2)
     """Displacement that is no anomaly, pixels, static."""
     floor: Scalar = 0.05
-    """Residual below which differences do not count, normalised intensity."""
+    """Residual below which differences do not count, normalised intensity; or, where that is more, ``faint``."""
+    faint: Scalar = 0.2
+    """The same as a share of the region's level: the mean of a residual, weighted by itself. What lies below is the soft
+    rim of a defect, by which n, where it is x but for that, differs as plainly as by the defect."""
     spread: Scalar = 0.25
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
@@ -122,7 +125,8 @@ class Mixture(AbstractDecision):
         problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
         residuals = jax.lax.map(lambda m: tolerant_residual(x, m, self.tolerance), jnp.stack([n0, n]))
-        of_n0, of_n = jnp.log(residuals + self.floor)
+        level = jnp.sum(region * residuals[1] ** 2) / jnp.maximum(jnp.sum(region * residuals[1]), 1e-6)
+        of_n0, of_n = jnp.log(residuals + jnp.maximum(self.floor, self.faint * level))
         prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
 
         def log_density(weight: Float[Array, "h w"]) -> Float[Array, "h w"]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,24 +63,29 @@ def tune(
     """
     defects = synthetic_defects(images, others, NUM_IMAGES, seed)
     pixels = sampled_pixels(np.random.default_rng(seed), [*images.stored, *others.stored])
-    trials: dict[Choice, tuple[D, float]] = {}
+    trials: dict[Choice, float] = {}
     total = len(SPARSITY) + len(ALPHA1) + len(COMPONENTS) - 2
 
     @functools.cache
     def prior_of(num_components: int) -> PixelPrior:
         return fit_prior(pixels, num_components=num_components, seed=seed)
 
+    def with_choice(choice: Choice, prior: PixelPrior) -> D:
+        tuned = (jnp.float32(choice.alpha1 / ALPHA1[0]), jnp.float32(choice.sparsity / SPARSITY[0]))
+        return with_calibration(detector, dataclasses.replace(detector.calibrated, prior=prior, tuned=tuned))
+
     def tried(choice: Choice) -> float:
-        """The mean IoU; the detector it is reached by is kept."""
+        """The mean IoU. One shape of prior for all: the solver is compiled once."""
         if choice not in trials:
             progress("tuning", len(trials), total)
-            prior = prior_of(choice.num_components)
-            tuned = (jnp.float32(choice.alpha1 / ALPHA1[0]), jnp.float32(choice.sparsity / SPARSITY[0]))
-            candidate = with_calibration(detector, dataclasses.replace(detector.calibrated, prior=prior, tuned=tuned))
+            prior = jax.tree.map(
+                lambda leaf: np.resize(leaf, (max(COMPONENTS), *leaf.shape[1:])), prior_of(choice.num_components)
+            )
+            candidate = with_choice(choice, prior)
             masks = np.asarray(refine(candidate, np.stack([defect.image for defect in defects]), settings=SHORT).mask)
             values = [iou(mask, defect.mask) for mask, defect in zip(masks, defects, strict=True)]
-            trials[choice] = candidate, float(np.mean(values))
-        return trials[choice][1]
+            trials[choice] = float(np.mean(values))
+        return trials[choice]
 
     best = Choice(ALPHA1[0], SPARSITY[0], COMPONENTS[0])
     tried(best)
@@ -89,7 +95,8 @@ def tune(
             if tried(candidate) > tried(best) + GAIN:
                 best = candidate
     progress("tuning", total, total)
-    return trials[best][0], [Trial(*choice, value, choice == best) for choice, (_, value) in trials.items()]
+    chosen = with_choice(best, prior_of(best.num_components))
+    return chosen, [Trial(*choice, value, choice == best) for choice, value in trials.items()]
 
 
 SHORT = Settings(restore_steps=0)
