@@ -115,10 +115,10 @@ def test_a_thin_scratch_is_not_the_blob_that_the_map_makes_of_it(rng, region):
 
 
 def test_the_soft_rim_of_a_defect_is_no_part_of_it_where_n_is_x_but_for_that(rng, region):
-    """The rim is a sixteenth of the defect, and ten times what is left of normal pixels."""
+    """The rim is an eighth of the defect, and twenty times what is left of normal pixels."""
     core, rim = np.zeros((2, SIZE, SIZE), bool)
-    core[14:34, 22:26], rim[13:35, 21:27] = True, True
-    alpha = np.where(core, 1.0, np.where(rim, 0.06, 0.0)).astype(np.float32)
+    core[14:34, 16:32], rim[13:35, 15:33] = True, True
+    alpha = np.where(core, 1.0, np.where(rim, 0.12, 0.0)).astype(np.float32)
     n = 0.3 * rng.standard_normal((SIZE, SIZE, 3)).astype(np.float32)
     x = n + 0.006 * rng.standard_normal(n.shape).astype(np.float32) + alpha[..., None]
     blob = np.asarray(smoothed(jnp.asarray(core, jnp.float32), 4.0))
