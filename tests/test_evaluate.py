@@ -15,6 +15,7 @@ from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.base import silent
+from f2pad_jax.detectors.fit import Trial
 from f2pad_jax.evaluation import metrics
 from f2pad_jax.evaluation.evaluate import FULL, Case, _generated, _training, evaluate, load_images, summarise
 from f2pad_jax.evaluation.tables import GROUPS, write_tables
@@ -179,7 +180,12 @@ def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
         | {f"boundary_f1_{r}": 0.25 * r for r in (1, 2, 3)}
         for c, m, b, v in (("nut", "padim", "x", 0.8), ("bolt", "padim", "x", 0.6), ("nut", "cflow", "y", 0.9))
     ]
+    tried = [Trial(0.01, 1.5, 6, 0.8, False)._asdict(), Trial(0.003, 1.5, 6, 0.9, True)._asdict()]
+    (folder := tmp_path / "runs" / "hard-normal-nut-padim-x").mkdir(parents=True)
+    about = {"category": "nut", "method": "padim", "tuning": tried, "samples": []}
+    (folder / "case.json").write_text(json.dumps(about))
     lines = write_tables(tmp_path, records)[0].read_text().splitlines()
+    assert "| nut, PaDiM | 1.5 | 0.003 | 6 | 90.0 | 80.0 |" in lines
     header = next(line for line in lines if line.startswith("| category | images"))
     assert header.split(" | ")[2:9:6] == ["CFLOW-AD (y) IoU", "PaDiM (x) IoU"]
     rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[: lines.index(header) + 5]}

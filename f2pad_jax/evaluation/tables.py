@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import RESIZING
 from f2pad_jax.evaluation import metrics
 from f2pad_jax.evaluation.charts import as_file, bar_chart
-from f2pad_jax.evaluation.evaluate import ABLATIONS, FULL, Looked, load_images
+from f2pad_jax.evaluation.evaluate import ABLATIONS, FULL, Case, Looked, load_images
 from f2pad_jax.evaluation.pictures import gallery, overlay
 
 Record = dict[str, Any]
@@ -40,7 +41,7 @@ def write_tables(out: str | Path, records: Sequence[Record]) -> list[Path]:
         columns = sorted({(r["method"], r["backbone"]) for r in part}, key=lambda c: (list(TITLES).index(c[0]), c[1]))
         runs = {c: _images(out, protocol, setting, c, part) for c in columns}
         text += [f"## {protocol}, {setting}", "", *_comparison(part, columns), *_peers(part, columns)]
-        text += [*_ablation(part, columns), *_maps(part, columns), *_sizes(runs)]
+        text += [*_ablation(part, columns), *_maps(part, columns), *_sizes(runs), *_tuned(out, part)]
         timing += [f"## {protocol}, {setting}", "", *_timing(part, columns)]
         for column, images in runs.items():
             stem = "-".join((protocol, setting, *column))
@@ -175,6 +176,21 @@ def _sizes(runs: dict[Column, list[tuple[str, Looked]]]) -> list[str]:
     return ["By size of the anomaly (paper, Fig. 7).", "", *_table(header, rows)]
 
 
+def _tuned(out: Path, part: Sequence[Record]) -> list[str]:
+    """What tuning chose, and why."""
+    header = ["category, method", "sparsity", "α1", "Gaussians", "IoU", "IoU with the defaults"]
+    rows = []
+    for r in (r for r in part if r["variant"] == FULL):
+        case = Case(**{key: r[key] for key in ("category", "method", "backbone", "protocol", "setting")})
+        file = out / "runs" / case.folder / "case.json"
+        trials = json.loads(file.read_text())["tuning"] if file.exists() else []
+        for chosen in (trial for trial in trials if trial["chosen"]):
+            cells = [f"{chosen[key]:g}" for key in ("sparsity", "alpha1", "num_components")]
+            rows.append([f"{r['category']}, {TITLES[r['method']]}", *cells, _cell(chosen["iou"]), _cell(trials[0]["iou"])])
+    note = "What was chosen without a label, on synthetic defects of held-out normal images, and the mean IoU there."
+    return [note, "", *_table(header, rows)] if rows else []
+
+
 def _timing(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     """Table IV."""
     header, rows = ["variant", *(f"{_title(c)} {w}" for c in columns for w in ("steps", "seconds"))], []
@@ -188,7 +204,7 @@ def _timing(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
 def _images(out: Path, protocol: str, setting: str, column: Column, part: Sequence[Record]) -> list[tuple[str, Looked]]:
     """The defective images of a column, with their categories."""
     names = sorted({r["category"] for r in part})
-    folders = [(name, out / "runs" / "-".join((protocol, setting, name, *column))) for name in names]
+    folders = [(name, out / "runs" / Case(name, *column, protocol, setting).folder) for name in names]
     return [(n, i) for n, f in folders if (f / "case.json").exists() for i in load_images(f) if not i.good]
 
 
