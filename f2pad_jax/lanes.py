@@ -47,6 +47,8 @@ GROUP = 8
 """Parts begun, and masks drawn, at a time on an accelerator; one on a CPU."""
 AHEAD = 4
 """Images taken in for every lane, so that buckets fill up while results wait for those before them."""
+ROOM = 0.5
+"""Of the memory maps a process may have, that may be taken when a bucket is opened."""
 DONE = -1
 """What a thread gives in place of an image's number when it ends."""
 
@@ -208,6 +210,7 @@ class Bucket:
 
     def _open(self, window: Window) -> None:
         """Make the lanes, for windows like this one; there is nothing in them."""
+        make_room()
         m = self.means
         first = (m.detector, (window,), (window.region,), jnp.zeros(1, int), m.settings, m.inpaint)
         shapes = eqx.filter_eval_shape(enter, *first, alone=True)
@@ -284,6 +287,16 @@ _run = eqx.filter_jit(run, donate="all-except-first")
 def group(device: Any) -> int:
     """Parts seen to at a time."""
     return 1 if device.platform == "cpu" else GROUP
+
+
+def make_room() -> None:
+    """Forget compiled programs where they have taken many of a process's memory maps: where none is left, XLA ends it.
+
+    On Linux a process may have 65530; on a CPU the programs for one window take about three thousand.
+    """
+    taken, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if most.exists() and taken.read_bytes().count(b"\n") > ROOM * int(most.read_text()):
+        jax.clear_caches()
 
 
 def cores() -> int:

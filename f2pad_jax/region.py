@@ -11,8 +11,9 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
-WINDOWS = (64, 96, 128, 160, 192)
-"""Sides of the square windows solved in; the whole image where none holds the region."""
+WINDOWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+"""Sides of the square windows solved in; the whole image where none holds the region. A step costs in proportion to the
+area; each side in use is one more program to compile, and takes memory maps, of which a process has few."""
 
 
 def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
@@ -121,14 +122,20 @@ def window_offset(region: Bool[Array, "h w"], size: tuple[int, int], stride: int
 
 
 def window_size(region: Bool[np.ndarray, "h w"], margin: int, stride: int, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """The smallest square window of ``sizes`` that holds the region's bounding box and ``margin`` on each side.
+    """The smallest square window of ``sizes`` that holds the region and ``margin`` on each side, aligned to ``stride``.
 
     On the host: the answer is a shape. The whole image where none of ``sizes`` fits.
     """
     h, w = region.shape
-    extents = [np.flatnonzero(region.any(axis=axis)) for axis in (0, 1)]
-    extent = max(int(np.ptp(hits)) + 1 if hits.size else 0 for hits in extents)
-    needed = min(extent + 2 * margin + stride, max(h, w))
+
+    def along(axis: int) -> int:
+        hits = np.flatnonzero(region.any(axis=1 - axis))
+        if not hits.size:
+            return 0
+        first, last = max(int(hits[0]) - margin, 0), min(int(hits[-1]) + 1 + margin, region.shape[axis])
+        return -(-last // stride) * stride - first // stride * stride
+
+    needed = max(along(0), along(1))
     return next(((s, s) for s in sorted(sizes) if needed <= s <= min(h, w) and s % stride == 0), (h, w))
 
 

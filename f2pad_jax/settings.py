@@ -44,7 +44,7 @@ class Settings(eqx.Module):
     """Pixels around m0 whose coarse map stands out by this share of its border are suspect too. Paper: none, infinity."""
     reach: int | None = eqx.field(static=True, default=8)
     """Positions within this many pixels of the region enter l_n, static. Paper: all affected; None: all there are."""
-    margin: int | None = eqx.field(static=True, default=16)
+    margin: int | None = eqx.field(static=True, default=8)
     """Pixels of context a window keeps around the region, static. Paper: whole image, which None is."""
     decision: AbstractDecision = Mixture()
     """How the mask is drawn. Paper: :class:`~f2pad_jax.Residual`."""

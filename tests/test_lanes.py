@@ -317,3 +317,17 @@ def test_a_stream_takes_the_programs_that_refine_has_compiled(blocks):
     (other,) = refine_many(detector, [image], lanes=1)
     assert not programs and other.mask.any()
     np.testing.assert_array_equal(one.mask, other.mask)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux counts memory maps")
+def test_programs_are_forgotten_where_they_leave_no_room_for_more(blocks, monkeypatch):
+    detector, images = blocks
+    expected = list(refine_many(detector, images))
+    other = jax.jit(lambda x: x + 1)
+    for room in (1.0, 0.0):
+        other(1.0)
+        assert other._cache_size() == 1
+        monkeypatch.setattr(lanes_module, "ROOM", room)
+        for a, b in zip(expected, refine_many(detector, images), strict=True):
+            assert_same(a, b)
+        assert other._cache_size() == room

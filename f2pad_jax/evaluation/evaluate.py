@@ -168,7 +168,6 @@ def evaluate(
                     case = Case(category.name, method, backbone, protocol, setting)
                     asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed, "tune": tune}
                     _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
-                    jax.clear_caches()  # every program takes memory maps, of which a process has few
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
     return records
