@@ -190,7 +190,7 @@ def main() -> None:
             _, inpaint = choose("exemplar", detector.calibrated.normals)
             for _ in range(2):  # the first run compiles
                 began = time.perf_counter()
-                images = (defect.image for defect in defects)
+                images = [defect.image for defect in defects]  # as many lanes on a GPU, no more
                 ours = list(f2pad_jax.refine_many(detector, images, settings=options, inpaint="exemplar"))
                 took = (time.perf_counter() - began) / len(defects)
             for (image, truth), result in zip(defects, ours, strict=True):

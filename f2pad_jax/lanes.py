@@ -290,9 +290,9 @@ def group(device: Any) -> int:
 
 
 def make_room() -> None:
-    """Forget compiled programs where they have taken many of a process's memory maps: where none is left, XLA ends it.
+    """Forget all compiled programs where they have taken many of the process's memory maps.
 
-    On Linux a process may have 65530; on a CPU the programs for one window take about three thousand.
+    Where none is left, XLA ends it. Linux gives a process 65530, and on a CPU the programs for one window take thousands.
     """
     taken, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
     if most.exists() and taken.read_bytes().count(b"\n") > ROOM * int(most.read_text()):

@@ -90,8 +90,8 @@ class Mixture(AbstractDecision):
     floor: Scalar = 0.05
     """Residual below which differences do not count, normalised intensity; or, where that is more, ``faint``."""
     faint: Scalar = 0.2
-    """The same as a share of the region's level: the mean of a residual, weighted by itself. What lies below is the soft
-    rim of a defect, by which n, where it is x but for that, differs as plainly as by the defect."""
+    """The same as a share of the level of n's residual in the region: its mean, weighted by itself. Below lies the soft rim
+    of a defect, which, where n is x but for that, stands out from normal pixels as plainly as the defect does."""
     spread: Scalar = 0.25
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
@@ -125,7 +125,8 @@ class Mixture(AbstractDecision):
         problem, n0, n, excess, _ = evidence
         x, region = problem.x, problem.region.astype(problem.x.dtype)
         residuals = jax.lax.map(lambda m: tolerant_residual(x, m, self.tolerance), jnp.stack([n0, n]))
-        level = jnp.sum(region * residuals[1] ** 2) / jnp.maximum(jnp.sum(region * residuals[1]), 1e-6)
+        inside = region * residuals[1]
+        level = jnp.sum(inside**2) / jnp.maximum(jnp.sum(inside), 1e-6)
         of_n0, of_n = jnp.log(residuals + jnp.maximum(self.floor, self.faint * level))
         prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
 
