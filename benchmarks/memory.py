@@ -50,7 +50,8 @@ def main() -> None:
     _, inpaint = choose("exemplar", detector.calibrated.normals)
     image = resized(to_unit(read_image(next(defects))), detector.size)
     coarse = look(detector, image, settings)
-    for side in (*region.WINDOWS, detector.size[0]):
+    whole = min(detector.size)
+    for side in (*(side for side in region.WINDOWS if side < whole), whole):
         window = Window.around(detector, image, coarse, coarse.region, (side, side))
         lane = enter(detector, (window,), (window.region,), jnp.zeros(1, int), settings, inpaint, alone=True)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(lane))

@@ -7,8 +7,9 @@ import inspect
 import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import f2pad_jax
@@ -38,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What makes a whole number of an argument, and refuses one below ``least``."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    number.__name__ = "whole number"  # as argparse says of what is none
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="f2pad", description="Pixel-accurate anomaly segmentation (F2PAD in JAX).")
     parser.add_argument("--version", action="version", version=f"f2pad-jax {f2pad_jax.__version__}")
@@ -47,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("f2pad-demo"), help="folder for gallery.png and summary.json (%(default)s)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of crops, defects and coreset (%(default)s)")
+    demo.add_argument("--seed", type=at_least(0), default=0, help="of crops, defects and coreset (%(default)s)")
     demo.set_defaults(run=_demo)
 
     for name, told in (
@@ -58,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
         fit.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
         fit.add_argument("--method", choices=list(DETECTORS), default="patchcore", help="detector (%(default)s)")
-        fit.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
-        fit.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+        fit.add_argument("--size", type=at_least(1), default=224, help="side images are resized to, pixels (%(default)s)")
+        fit.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn at random (%(default)s)")
         fit.add_argument("--backbone", default="efficientnet-lite0", help="network to take features from (%(default)s)")
         fit.add_argument(
             "--layers",
@@ -71,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument(
             "--option",
             nargs="+",
+            action="extend",
             default=[],
             metavar="NAME=VALUE",
             help="the method's own settings, such as rank=10 (padim), max_bank=10000 (patchcore), meta_epochs=10 (cflow)",
@@ -83,8 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("checkpoint", type=Path, metavar="CKPT", help="the .ckpt file anomalib's engine saved")
     bring.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images, best not trained on")
     bring.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
-    bring.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of images (default: as the file says)")
-    bring.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    bring.add_argument(
+        "--size", type=at_least(1), nargs=2, metavar=("H", "W"), help="size of images (default: as the file says)"
+    )
+    bring.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn at random (%(default)s)")
     bring.set_defaults(run=_import)
 
     refine = commands.add_parser("refine", help="segment the anomalies of images, to the pixel")
@@ -125,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument(
         "--protocol", default="cut-paste", help="cut-paste, the paper's flat colours, or hard (%(default)s)"
     )
-    dataset.add_argument("--count", type=int, default=54, help="defective images of each category (%(default)s)")
-    dataset.add_argument("--size", type=int, default=224, help="side of the images, pixels (%(default)s)")
-    dataset.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    dataset.add_argument("--count", type=at_least(1), default=54, help="defective images of each category (%(default)s)")
+    dataset.add_argument("--size", type=at_least(1), default=224, help="side of the images, pixels (%(default)s)")
+    dataset.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn at random (%(default)s)")
     dataset.add_argument("--manifest", type=Path, metavar="FILE", help="make the data set of this manifest again instead")
     dataset.set_defaults(run=_make_dataset)
 
@@ -149,14 +165,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--weights", type=Path, metavar="FILE", help="its weight file (default: the one installed)")
     evaluate.add_argument(
         "--images",
-        type=int,
+        type=at_least(1),
         help="defective images of each category, and good ones at most (default: 54 and all; all real ones)",
     )
-    evaluate.add_argument("--size", type=int, default=224, help="side images are resized to, pixels (%(default)s)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    evaluate.add_argument("--size", type=at_least(1), default=224, help="side images are resized to, pixels (%(default)s)")
+    evaluate.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn at random (%(default)s)")
     evaluate.add_argument("--tune", action="store_true", help="tune every detector, as 'f2pad fit --tune' does")
     evaluate.add_argument(
-        "--curves", type=int, default=0, metavar="N", help="of N images of each case, draw the objective in the report (0)"
+        "--curves",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of N images of each case, draw the objective in the report (0)",
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -276,12 +296,13 @@ def _normal_images(arguments: argparse.Namespace) -> list[Path]:
     """The images of the folder given, once they and the file to write have been looked at."""
     from f2pad_jax.data.images import check_images, list_images
 
-    if arguments.seed < 0:
-        raise OptionError(f"--seed {arguments.seed} is negative")
     if not arguments.normal.is_dir():
         raise ImageError(f"{arguments.normal}: no such folder")
     if arguments.out.is_dir():
         raise ImageError(f"{arguments.out}: is a folder; --out names the model file to write")
+    _folder(arguments.out.parent)
+    with tempfile.TemporaryFile(dir=arguments.out.parent):  # what can't be written is told before the fit, not after
+        pass
     paths = [path for path, _ in list_images([arguments.normal])]
     check_images(paths)
     _use_compilation_cache()
@@ -322,12 +343,17 @@ def _refine(arguments: argparse.Namespace) -> None:
     from f2pad_jax.cluster import ray_workers
     from f2pad_jax.data.images import check_images, is_address, list_images
     from f2pad_jax.files import refine_files, worker
+    from f2pad_jax.history import figures
+    from f2pad_jax.inpaint import in_full
     from f2pad_jax.models import load_detector
 
     if arguments.ray is not None:  # the accelerators are the workers'; here the model is only looked at
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+    if arguments.history:
+        figures()  # told before the first image, not after
+    inpaint = in_full(arguments.inpaint)
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     stems = _stems([relative for _, relative in found])
@@ -335,12 +361,12 @@ def _refine(arguments: argparse.Namespace) -> None:
     _folder(arguments.out)
     _use_compilation_cache()
     print(_COMPILING)
-    options = {"inpaint": arguments.inpaint, "lanes": arguments.lanes, "history": arguments.history}
+    options = {"inpaint": inpaint, "lanes": arguments.lanes, "history": arguments.history}
     if arguments.ray is None:
         work = worker(detector, arguments.out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, arguments.out, num_workers=arguments.ray, options=options)
-    recipe = {"inpaint": arguments.inpaint, "history": arguments.history}
+    recipe = {"inpaint": inpaint, "history": arguments.history}
     tasks = [(path, stem) for (path, _), stem in zip(found, stems, strict=True)]
     with _progress() as progress:
         results = refine_files(arguments.model, tasks, arguments.out, work, recipe, progress)

@@ -36,21 +36,19 @@ def ray_workers(
     out: Path,
     *,
     num_workers: int,
-    cores: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Work:
     """Work on Ray: on the cluster that ``RAY_ADDRESS`` names, or else on this machine.
 
-    Every worker has a GPU to itself where the cluster has any, else ``cores`` cores. Images (files, or in a bucket), the
-    model and ``out`` lie where all workers see them. Images of a worker that dies are done again; the results are those of
-    one process.
+    Every worker has a GPU to itself where the cluster has any, else its share of the cores. Images (files, or in a bucket),
+    the model and ``out`` lie where all workers see them. Images of a worker that dies are done again; the results are those
+    of one process.
 
     Args:
         model: the model file.
         weights: its weight file; default: the one installed on each machine.
         out: folder for the results.
         num_workers: how many.
-        cores: of a worker on a CPU; default: all cores of the cluster shared out.
         options: of :func:`f2pad_jax.files.worker`.
 
     Raises:
@@ -70,7 +68,7 @@ def ray_workers(
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         there = ray.cluster_resources()
         gpu = there.get("GPU", 0) > 0
-        each = max(1, cores or int(there["CPU"]) // num_workers)
+        each = max(1, int(there["CPU"]) // num_workers)
         wanted, unit = (num_workers, "GPU") if gpu else (num_workers * each, "CPU")
         if there[unit] < wanted:
             raise OptionError(f"{num_workers} workers need {wanted} {unit}s; the cluster has {there[unit]:.0f}")

@@ -63,10 +63,15 @@ def _kept(partial: Path, recipe: dict) -> dict[str, dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError:  # cut short
             break
-    if not records or records[0] != recipe:
+    if not records or _without_path(records[0]) != _without_path(recipe):
         records = [recipe]
     write_atomically(partial, "".join(json.dumps(record) + "\n" for record in records).encode())
     return {record["image"]: record for record in records[1:]}
+
+
+def _without_path(recipe: dict) -> dict:
+    """A recipe without where its model lies, of which the checksum says enough."""
+    return {key: value for key, value in recipe.items() if key != "model"}
 
 
 def worker(
@@ -77,6 +82,7 @@ def worker(
     def work(tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
         results = refine_many(detector, [path for path, _ in tasks], inpaint=inpaint, lanes=lanes)
         for (path, name), result in zip(tasks, results, strict=True):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
                 way = f2pad_jax.history(detector, read_image(path), inpaint=inpaint)
                 way.save_csv(out / f"{name}_history.csv")

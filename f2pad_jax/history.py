@@ -1,7 +1,7 @@
 """How the solver got there: Eq. (12) term by term, and n and the mask on the way. For looking, not for speed."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -60,12 +60,8 @@ class History(NamedTuple):
         Raises:
             OptionError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise OptionError("figures need matplotlib; run: pip install 'f2pad-jax[plots]'") from None
         chosen = np.unique(np.linspace(0, len(self.steps) - 1, columns).round().astype(int))
-        figure = Figure(figsize=(2 * columns, 7), layout="constrained")
+        figure = figures()(figsize=(2 * columns, 7), layout="constrained")
         axes = figure.subplot_mosaic(
             [[f"n{k}" for k in chosen], [f"m{k}" for k in chosen], ["curves"] * len(chosen)], height_ratios=[1, 1, 1.4]
         )
@@ -82,6 +78,19 @@ class History(NamedTuple):
         curves.set(xlabel="step", ylabel="part of the objective", yscale="symlog")
         curves.legend()
         figure.savefig(path, dpi=110)
+
+
+def figures() -> Any:
+    """Matplotlib's ``Figure``.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("figures need matplotlib; run: pip install 'f2pad-jax[plots]'") from None
+    return Figure
 
 
 def history(
@@ -123,7 +132,7 @@ def history(
         none, kept = np.zeros(0, np.float32), np.asarray(unit)
         return History(kept, none, dict.fromkeys(Terms._fields, none), np.zeros(1, int), kept[None], mask[None], outcome)
     window = None
-    if settings.margin is not None:
+    if settings.margin is not None and detector.local:
         window = regions.window_size(region, settings.margin, detector.stride, regions.WINDOWS)
     limit = -(-int(settings.max_steps) // settings.steps_per_check) * settings.steps_per_check
     solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)

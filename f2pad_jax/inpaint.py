@@ -159,9 +159,7 @@ class MAE(eqx.Module):
         Raises:
             CheckpointError: the weights are missing, damaged, another network's or without the decoder.
         """
-        name = name or installed_mae()
-        if name is None:
-            raise CheckpointError(f"no masked autoencoder is installed; run: f2pad weights fetch {PREFERRED[0]}")
+        name = name or in_full("mae")
         return MAE(name, *load_autoencoder(name, weights=weights))
 
     def __call__(self, image: Float[Array, "h w 3"], region: Bool[Array, "h w"]) -> Float[Array, "h w 3"]:
@@ -186,6 +184,18 @@ def installed_mae() -> str | None:
     return next((name for name in PREFERRED if checkpoints.cached_file(name).exists()), None)
 
 
+def in_full(inpaint: str | None) -> str:
+    """The name of an inpainter, of ``mae`` and of None that of the one that is taken.
+
+    Raises:
+        CheckpointError: ``mae`` with no weights installed.
+    """
+    found = installed_mae() if inpaint in (None, "mae") else None
+    if found is None and inpaint == "mae":
+        raise CheckpointError(f"no masked autoencoder is installed; run: f2pad weights fetch {PREFERRED[0]}")
+    return found or inpaint or "exemplar"
+
+
 def choose(
     inpaint: Inpainter | str | None, normals: UInt8[Array, "k h w 3"] | None = None, *, traced: bool = False
 ) -> tuple[str, Inpainter]:
@@ -194,27 +204,29 @@ def choose(
     Inside a transform None is ``exemplar``: weights loaded there would be constants of the program.
 
     Args:
-        inpaint: a name, an inpainter or None.
+        inpaint: a name, of an autoencoder its own too, an inpainter or None.
         normals: what the detector lets ``exemplar`` borrow from.
         traced: whether this is inside a transform.
 
     Raises:
         CheckpointError: an unknown name, or ``mae`` with no weights installed.
     """
-    if inpaint is None:
-        inpaint = "mae" if not traced and installed_mae() else "exemplar"
+    if inpaint is None and traced:
+        inpaint = "exemplar"
+    if inpaint is None or isinstance(inpaint, str):
+        inpaint = in_full(inpaint)
     match inpaint:
-        case "mae":
-            inpaint = _loaded_mae(installed_mae())
         case "exemplar":
             inpaint = exemplar if normals is None else Exemplar(normals)
         case "harmonic":
             inpaint = harmonic
+        case str() if inpaint.startswith("mae-"):
+            inpaint = _loaded_mae(inpaint)
         case str():
             raise CheckpointError(f"unknown inpainter '{inpaint}'; known: {', '.join(INPAINTERS)}, or any callable")
     return getattr(inpaint, "name", None) or getattr(inpaint, "__name__", type(inpaint).__name__), inpaint
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded_mae(name: str | None) -> MAE:
+def _loaded_mae(name: str) -> MAE:
     return MAE.load(name)

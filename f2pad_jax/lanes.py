@@ -47,6 +47,8 @@ GROUP = 8
 """Parts begun, and masks drawn, at a time on an accelerator; one on a CPU."""
 AHEAD = 4
 """Images taken in for every lane, so that buckets fill up while results wait for those before them."""
+PATIENCE = 0.05
+"""Seconds that lanes which could run wait for an image to fill another."""
 ROOM = 0.5
 """Of the memory maps a process may have, that may be taken when a bucket is opened."""
 DONE = -1
@@ -74,7 +76,7 @@ class Lane(eqx.Module):
 
     def advanced(self, detector: AbstractDetector, settings: Settings) -> "Lane":
         """Some steps further, unless it is done."""
-        solver = eqx.tree_at(lambda s: s.learning_rate, settings.solver, self.learning_rate)
+        solver = settings.solver.at_rate(self.learning_rate)
         further = advance(solver, self.posed(detector), self.iterate, settings.steps_per_check)
         kept = jax.tree.map(lambda a, b: jnp.where(self.going, a, b), further, self.iterate)
         return dataclasses.replace(self, iterate=kept)
@@ -142,7 +144,8 @@ class Calls:
 
     def __call__(self, function: Callable, *inputs: Any, **options: Any) -> Any:
         """The function's outputs."""
-        key = function, *((a.shape, a.dtype) if eqx.is_array(a) else None for a in jax.tree.leaves(inputs))
+        leaves, structure = jax.tree.flatten((inputs, options))
+        key = function, structure, *((a.shape, a.dtype) if isinstance(a, (jax.Array, np.ndarray)) else a for a in leaves)
         if key not in self.made:
             with self.lock:
                 if key not in self.made:
@@ -159,10 +162,14 @@ class Bucket:
         self.means = means
         self.queue: collections.deque[Part] = collections.deque()
         self.parts: list[Part | None] = []
+        """What is in each lane."""
         self.starts: list[Start] = []
-        self.lanes: Any = None
-        self.run: Any = None
+        """Parts that begin a phase at the next turn."""
+        self.lanes: Lane | None = None
+        """Where there are parts in them."""
+        self.run: Callable = _run
         self.group = 1
+        """Lanes filled, and seen to, at a time."""
 
     @property
     def load(self) -> int:
@@ -172,46 +179,64 @@ class Bucket:
     def turn(self) -> list[Job]:
         """Fill the lanes, run until a group of them is done, and see to those; returns the images that are complete."""
         m = self.means
+        self._fill()
+        busy = np.array([part is not None for part in self.parts])
+        enough = min(self.group, int(busy.sum()))
+        self.lanes, going = m.call(self.run, (m.detector, m.settings, jnp.asarray(busy), jnp.asarray(enough)), self.lanes)
+        on = np.atleast_1d(np.asarray(going))
+        done = [(place, part) for place, part in enumerate(self.parts) if part is not None and not on[place]]
+        complete = self._end([(place, part) for place, part in done if part.found is not None])
+        self._draw([(place, part) for place, part in done if part.found is None])
+        if not self.load:  # of images of many sizes there are many buckets
+            self.lanes = None
+        return complete
+
+    def _fill(self) -> None:
+        """Put parts into the lanes that are free, and begin the phases of those that are at the start of one."""
+        m = self.means
         if not self.parts:
             self._open(self.queue[0].window)
         for place, part in enumerate(self.parts):
             if part is None and self.queue:
                 part = self.parts[place] = self.queue.popleft()
                 self.starts.append(Start(place, part.window, part.window.region, 0))
+        alone = len(self.parts) == 1
         for some in self._groups(self.starts):
-            places, windows, parts, phase = zip(*some, strict=True)
-            alone = len(self.parts) == 1
-            begun = m.call(enter, m.detector, windows, parts, jnp.asarray(phase), m.settings, m.inpaint, alone=alone)
-            self.lanes = begun if alone else m.call(put, (begun, jnp.asarray(places)), self.lanes)
-        busy = np.array([part is not None for part in self.parts])
-        enough = min(self.group, int(busy.sum()))
-        means = m.detector, m.settings, jnp.asarray(busy), jnp.asarray(enough)
-        self.lanes, going = m.call(self.run, means, self.lanes)
-        on = np.atleast_1d(np.asarray(going))
-        done = [(i, part) for i, part in enumerate(self.parts) if part is not None and not on[i]]
-        complete, self.starts = [], []
-        for i, part in done:
-            if part.found is not None:
-                what = part.job.solved, part.window, part.found, jnp.asarray(i)
-                part.job.solved = m.call(settle, what, self.lanes)
-                part.job.waiting -= 1
-                self.parts[i] = None
-                if not part.job.waiting:
-                    complete.append(part.job)
-        for some in self._groups([(i, part) for i, part in done if part.found is None]):
+            places, windows, regions, phase = zip(*some, strict=True)
+            begun = m.call(enter, m.detector, windows, regions, jnp.asarray(phase), m.settings, m.inpaint, alone=alone)
+            if alone:
+                self.lanes = begun
+            else:
+                if self.lanes is None:
+                    self.lanes = repeated(jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), begun), len(self.parts))
+                self.lanes = m.call(put, (begun, jnp.asarray(places)), self.lanes)
+        self.starts = []
+
+    def _draw(self, done: list[tuple[int, Part]]) -> None:
+        """Masks of parts whose first phase is over; their second begins at the next turn."""
+        m = self.means
+        for some in self._groups(done):
             places, parts = zip(*some, strict=True)
             means = m.detector, tuple(part.window for part in parts), m.settings, jnp.asarray(places)
-            masks = m.call(decide, means, self.lanes)
-            for place, part, found in zip(places, parts, masks, strict=True):
+            for place, part, found in zip(places, parts, m.call(decide, means, self.lanes), strict=True):
                 if part.found is None:  # not one that fills the group up
                     part.found = found
                     self.starts.append(Start(place, part.window, found.mask, 1))
-        return complete
+
+    def _end(self, done: list[tuple[int, Part]]) -> list[Job]:
+        """Take parts whose second phase is over out of their lanes; returns the images that are complete."""
+        for place, part in done:
+            what = part.job.solved, part.window, part.found, jnp.asarray(place)
+            part.job.solved = self.means.call(settle, what, self.lanes)
+            part.job.waiting -= 1
+            self.parts[place] = None
+        return [job for job in {part.job.number: part.job for _, part in done}.values() if not job.waiting]
 
     def _open(self, window: Window) -> None:
-        """Make the lanes, for windows like this one; there is nothing in them."""
-        make_room()
+        """Choose the number of lanes, for windows like this one."""
         m = self.means
+        if make_room():
+            m.call.made.clear()
         first = (m.detector, (window,), (window.region,), jnp.zeros(1, int), m.settings, m.inpaint)
         shapes = eqx.filter_eval_shape(enter, *first, alone=True)
         lane = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -219,7 +244,6 @@ class Bucket:
         self.run, count = compiled(m, lane, memory(device))
         self.group = min(group(device), count)
         self.parts = [None] * count
-        self.lanes = lane if count == 1 else repeated(lane, count)
 
     def _groups(self, items: list) -> list[list]:
         """Groups of one size, so that one program serves; the last is filled up with its first."""
@@ -253,7 +277,7 @@ def enter(
     def one(window: Window, region: Array, phase: Array) -> Lane:
         sparse, learning_rate, max_steps = (values[phase] for values in phases(settings))
         problem, n0 = window.pose(detector, region, settings, inpaint, sparse)
-        solver = eqx.tree_at(lambda s: s.learning_rate, settings.solver, learning_rate)
+        solver = settings.solver.at_rate(learning_rate)
         shared = eqx.tree_at(lambda p: p.detector, problem, None)
         return Lane(shared, n0, begin(solver, problem, n0), learning_rate, max_steps)
 
@@ -289,14 +313,16 @@ def group(device: Any) -> int:
     return 1 if device.platform == "cpu" else GROUP
 
 
-def make_room() -> None:
-    """Forget all compiled programs where they have taken many of the process's memory maps.
+def make_room() -> bool:
+    """Forget all compiled programs where they have taken many of the process's memory maps; whether that was so.
 
     Where none is left, XLA ends it. Linux gives a process 65530, and on a CPU the programs for one window take thousands.
     """
     taken, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-    if most.exists() and taken.read_bytes().count(b"\n") > ROOM * int(most.read_text()):
+    short = most.exists() and taken.read_bytes().count(b"\n") > ROOM * int(most.read_text())
+    if short:
         jax.clear_caches()
+    return short
 
 
 def cores() -> int:
@@ -374,9 +400,9 @@ class Lanes:
         """Parts here."""
         return sum(bucket.load for bucket in self.buckets.values())
 
-    def take(self, number: int, image: Any) -> list[Job]:
+    def take(self, number: int, image: Float[Array, "*b h w 3"]) -> list[Job]:
         """Look at an image and queue its parts; returns it where there is nothing to solve."""
-        m, image = self.means, to_unit(image)
+        m = self.means
         if image.ndim != 3:
             raise ImageError(f"an image has shape {image.shape}; the images of a stream come one at a time")
         coarse = m.call(look, m.detector, image, m.settings)
@@ -385,7 +411,8 @@ class Lanes:
         if not region.any() or region.all():
             return [job]
         (device,) = coarse.x.devices()
-        sides = regions.WINDOWS if device.platform == "cpu" else ()  # whole images fill an accelerator's lanes best
+        # whole images fill an accelerator's lanes best
+        sides = regions.WINDOWS if device.platform == "cpu" and m.detector.local else ()
         for part, size in regions.divided(region, m.settings.margin, m.detector.stride, sides):
             window = m.call(_frame, m.detector, image, coarse, jnp.asarray(part), size)
             self.buckets.setdefault((size, image.shape), Bucket(m)).queue.append(Part(job, window))
@@ -393,7 +420,7 @@ class Lanes:
         return []
 
     def turn(self) -> list[Job]:
-        """Run the fullest bucket until one of its lanes is done; returns the images that are complete."""
+        """Run the fullest bucket until a group of its lanes is done; returns the images that are complete."""
         return max(self.buckets.values(), key=lambda bucket: bucket.load).turn()
 
 
@@ -414,13 +441,28 @@ def stream(
     """
     count = max(len(source), 1) if isinstance(source, Sized) else MOST_LANES
     most = min(MOST_LANES, 1 << (count - 1).bit_length())  # few numbers, so few programs
-    device = devices[0] if devices else jax.local_devices()[0]
+    device = devices[0] if devices else next(iter(jnp.zeros(()).devices()))
     default = [jax.config.values["jax_default_device"]] * (min(cores(), count) if device.platform == "cpu" else 1)
     servers = [(device, Calls()) for device in devices] or list(zip(default, itertools.repeat(Calls())))
     lanes_each = num_lanes or (1 if memory(device) == 0 else most)
-    room = threading.Semaphore(AHEAD * lanes_each * len(servers))
+    room, ahead = threading.Semaphore(AHEAD * lanes_each * len(servers)), threading.Semaphore(2 * len(servers))
+    images: queue.SimpleQueue[tuple[int, Future] | None] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    lock, stopped = threading.Lock(), threading.Event()
+    stopped = threading.Event()
+
+    def pull() -> None:
+        """Images to come, a few ahead; the source may take its time over each."""
+        number = 0
+        try:
+            items = iter(source)
+            while ahead.acquire() and not stopped.is_set():
+                images.put((number, readers.submit(_read, next(items))))
+                number += 1
+        except StopIteration:
+            pass
+        except BaseException as error:
+            images.put((number, _failed(error)))
+        images.put(None)
 
     def deliver(jobs: list[Job], call: Calls) -> None:
         for job in jobs:
@@ -435,16 +477,20 @@ def stream(
                 while not stopped.is_set():
                     # one lane has none beside it to fill: the next image is left to other cores
                     while more and not (lanes_each == 1 and lanes.load) and room.acquire(blocking=not lanes.load):
-                        if stopped.is_set():
-                            break
-                        with lock:
-                            number, image = next(images, (0, None))
-                        if image is None:
-                            more = False
+                        try:
+                            found = images.get(timeout=PATIENCE if lanes.load else None)
+                        except queue.Empty:
                             room.release()
                             break
+                        if found is None or stopped.is_set():
+                            images.put(None)  # to the other threads
+                            room.release()
+                            more = False
+                            break
+                        ahead.release()
+                        number, image = found
                         try:
-                            deliver(lanes.take(number, image.result()), call)
+                            deliver(lanes.take(number, _on(device, to_unit(image.result()))), call)
                         except F2padError as error:
                             results.put((number, error))
                     if not lanes.load:
@@ -455,7 +501,7 @@ def stream(
             results.put((DONE, error))
 
     with ThreadPoolExecutor(2 * len(servers), "f2pad") as readers, ThreadPoolExecutor(len(servers), "f2pad") as pool:
-        images = enumerate(_read_ahead(source, readers, 2 * len(servers)))
+        threading.Thread(target=pull, daemon=True).start()  # not waited for: a camera may never give another image
         for server in servers:
             pool.submit(serve, *server)
         waiting, serving, number = {}, len(servers), 0
@@ -479,18 +525,22 @@ def stream(
                     raise what
         finally:
             stopped.set()
+            ahead.release()
+            images.put(None)
             for _ in servers:
                 room.release()
 
 
-def _read_ahead(source: Iterable[Any], readers: ThreadPoolExecutor, depth: int) -> Iterator[Future]:
-    """Images to come, paths being read."""
-    waiting: collections.deque[Future] = collections.deque()
-    for item in source:
-        waiting.append(readers.submit(lambda item=item: read_image(item) if isinstance(item, (str, Path)) else item))
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
+def _read(item: Any) -> Any:
+    """An image, or that of a path."""
+    return read_image(item) if isinstance(item, (str, Path)) else item
+
+
+def _failed(error: BaseException) -> Future:
+    """An image that did not come."""
+    future: Future = Future()
+    future.set_exception(error)
+    return future
 
 
 def _on(device: Any, tree: Any) -> Any:

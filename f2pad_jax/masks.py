@@ -107,7 +107,7 @@ class Mixture(AbstractDecision):
         plain = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
 
         def tried(masks: Bool[Array, "2 h w"], _):
-            """Masks, what each leaves around a pixel; the better of them, without and with what it missed, comes next."""
+            """What each of two masks leaves around a pixel; the better one, without and with what it missed, comes next."""
             in_all, around = unexplained(evidence, masks)
             size = jnp.maximum(jnp.sum(masks, axis=(1, 2)), 1)
             chosen = jnp.argmax(jnp.log(jnp.maximum(1 - in_all, 1e-3)) - self.occam * jnp.log(size))
@@ -115,7 +115,8 @@ class Mixture(AbstractDecision):
             return jnp.stack([masks[chosen], masks[chosen] | missed]), (masks, around)
 
         found = jax.vmap(filled)(self.posteriors(evidence) > 0.5)  # not opened yet: specks too small for it explain scores
-        _, (masks, around) = jax.lax.scan(tried, found, length=2)  # a loop: the network is compiled once
+        # first the two starts are tried, then the better one beside itself and what it missed; the network is compiled once
+        _, (masks, around) = jax.lax.scan(tried, found, length=2)
         (one, more), (before, after) = masks[1], around[1]
         mask = filled(opened(one | (more & (after < self.missed * before)), 2))
         return reached(evidence.excess > evidence.threshold, mask)

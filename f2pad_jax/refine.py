@@ -32,10 +32,11 @@ def refine(
 ) -> Refined:
     """Segment anomalies to the pixel, and restore the image without them.
 
-    Pure and traceable: inside ``jax.jit`` (or any transform) the whole image is solved for. Called on concrete arrays, each
-    separate part of an image's suspect region is solved in the smallest window of :data:`WINDOWS` that holds it, which is
-    several times faster; one program is compiled per window and image size, and kept. An image's result never depends on
-    the others of its batch. The network sees the image resized, but n, and so the mask, has the image's own resolution.
+    Pure and traceable: inside ``jax.jit`` (or any transform) the whole image is solved for. Called on concrete arrays on a
+    CPU, each separate part of an image's suspect region is solved in the smallest window of
+    :data:`f2pad_jax.region.WINDOWS` that holds it, which is several times faster, unless the network sees the whole image
+    at every position; one program is compiled per window and image size, and kept. An image's result never depends on the
+    others of its batch. The network sees the image resized, but n, and so the mask, has the image's own resolution.
 
     Args:
         detector: a fitted detector.

@@ -28,11 +28,6 @@ def _touched(mask: Bool[Array, "h w"], side: int, beyond: int) -> Bool[Array, "_
     return mask
 
 
-def erode(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
-    """Erosion by a (2·radius+1)² square; what lies beyond the border counts as set."""
-    return ~dilate(~mask, radius)
-
-
 def opened(mask: Bool[Array, "h w"], side: int = 3) -> Bool[Array, "h w"]:
     """Opening by a side² square: removes dots and lines thinner than that (paper, Section III-E3: 3x3).
 
@@ -40,11 +35,6 @@ def opened(mask: Bool[Array, "h w"], side: int = 3) -> Bool[Array, "h w"]:
     """
     fits = ~_touched(~mask, side, side // 2)
     return _touched(fits, side, (side - 1) // 2)
-
-
-def closed(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
-    """Closing by a (2·radius+1)² square: bridges gaps up to twice the radius."""
-    return erode(dilate(mask, radius), radius)
 
 
 def reached(start: Bool[Array, "h w"], within: Bool[Array, "h w"]) -> Bool[Array, "h w"]:

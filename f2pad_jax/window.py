@@ -181,7 +181,7 @@ def solve_window(
         """Split x into n + a inside ``region``: lines 1-9."""
         sparse, learning_rate, limit = phase
         problem, n0 = w.pose(detector, region, s, inpaint, sparse)  # lines 1-2
-        solver = eqx.tree_at(lambda s: s.learning_rate, s.solver, learning_rate)
+        solver = s.solver.at_rate(learning_rate)
         solution = solve(solver, problem, n0, max_steps=limit, steps_per_check=s.steps_per_check)  # lines 3-8
         evidence = Evidence(problem, n0, solution.n, w.excess, w.threshold)
         mask = jax.lax.cond(sparse > 0, lambda: s.decision(solver, evidence), lambda: region)  # line 9

@@ -92,6 +92,10 @@ class MeanColour(AbstractDetector):
     def stride(self):
         return 4
 
+    @property
+    def local(self):
+        return True
+
     def anomaly_map(self, image):
         return jnp.repeat(jnp.repeat(self.scores(image, None)[0], 4, 0), 4, 1)
 

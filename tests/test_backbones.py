@@ -284,6 +284,25 @@ def test_another_set_of_weights_is_no_new_trace(tmp_path, name, layer):
     assert not np.array_equal(one.checksum, other.checksum)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("efficientnet-lite0", "stage1"),
+        ("efficientnet-b0", "stage1"),
+        ("resnet18", "layer1"),
+        ("resnet18", "logits"),
+        ("vit-tiny", "block1"),
+    ],
+)
+def test_where_features_are_local_what_is_far_away_does_not_matter(tmp_path, name, layer):
+    backbone = load_backbone(name, layers=(layer,), weights=random_weights(name, tmp_path / "weights.safetensors", layer))
+    image = backbone.normalise(picture(0, 0, 128, 128) / 255)
+    features = jax.jit(lambda backbone, image: backbone(image)[0][0, 0])
+    near, far = (features(backbone, image.at[i:, i:].add(1.0)) for i in (8, 96))
+    assert not np.array_equal(near, features(backbone, image))
+    assert np.array_equal(far, features(backbone, image)) == backbone.local
+
+
 def test_weights_shift_what_they_should(tmp_path):
     one = load_backbone(NAME, layers=("stage1",))
     tensors = checkpoints.read_safetensors(checkpoints.cached_file(NAME))[0]

@@ -14,13 +14,14 @@ import scipy.stats
 from conftest import check_map_of_batches, maps_of, smooth_image
 from flax import nnx
 
+import f2pad_jax
 from f2pad_jax import CFlow, CheckpointError, OptionError
 from f2pad_jax.backbones import BACKBONES, find_network
+from f2pad_jax.detectors import fit as fit_module
 from f2pad_jax.detectors.base import NormalImages
 from f2pad_jax.detectors.cflow import (
     Coupling,
     Flow,
-    Resume,
     batches,
     enlarged_aligned,
     learning_rates,
@@ -577,17 +578,14 @@ def finished_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_images, shallowest, finished_file):
-    """A training that went through, and left its file behind as one stopped at the very end does."""
-    with pytest.MonkeyPatch.context() as power_cut:
-        power_cut.setattr(Resume, "remove", lambda self: None)
-        return CFlow.fit(small_images, shallowest, resume=finished_file, **SMALL)
+    """A training that went through, and its file."""
+    return CFlow.fit(small_images, shallowest, resume=finished_file, **SMALL)
 
 
 def test_resumed_training_gives_every_bit_of_an_uninterrupted_one(state_file, small_images, shallowest, uninterrupted):
     told = []
     found = CFlow.fit(small_images, shallowest, progress=lambda *args: told.append(args), resume=state_file, **SMALL)
     assert told[0] == ("training", 2, 6)  # the first meta-epoch was not repeated
-    assert not state_file.exists()
     for name in ("flows", "losses", "peaks"):
         same_bits(getattr(found, name), getattr(uninterrupted, name))
     assert np.all(np.asarray(found.losses) > 0)
@@ -596,7 +594,7 @@ def test_resumed_training_gives_every_bit_of_an_uninterrupted_one(state_file, sm
 def test_training_that_was_done_when_it_stopped_is_only_read(finished_file, small_images, shallowest, uninterrupted):
     told = []
     found = CFlow.fit(small_images, shallowest, progress=lambda *args: told.append(args), resume=finished_file, **SMALL)
-    assert told == [] and not finished_file.exists()
+    assert told == []
     for name in ("flows", "losses", "peaks"):
         same_bits(getattr(found, name), getattr(uninterrupted, name))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.flows))
@@ -655,21 +653,28 @@ def test_state_that_cannot_be_written_is_told_before_the_training(small_images, 
     assert told == [] and "\n" not in str(refusal.value)
 
 
-def test_file_is_kept_until_the_peaks_are_found(small_images, shallowest, uninterrupted, tmp_path, monkeypatch):
-    path = tmp_path / "new" / "state.safetensors"
+def test_file_is_kept_until_all_is_measured(shallowest, tmp_path, monkeypatch):
+    images, path = [smooth_image(seed, 32) for seed in range(3)], tmp_path / "new" / "state.safetensors"
 
-    def stop(self, images):
+    def fitted(progress=lambda *args: None):
+        return f2pad_jax.fit(CFlow, images, shallowest, size=(32, 32), progress=progress, resume=path, **SMALL)
+
+    def stop(*args, **kwargs):
         raise Interruption
 
-    with monkeypatch.context() as power_cut:
-        power_cut.setattr(CFlow, "with_peaks", stop)
-        with pytest.raises(Interruption):
-            CFlow.fit(small_images, shallowest, resume=path, **SMALL)
-    assert path.exists()
-    found = CFlow.fit(small_images, shallowest, resume=path, **SMALL)
+    for holder, name in ((CFlow, "with_peaks"), (fit_module, "best_threshold")):
+        with monkeypatch.context() as power_cut:
+            power_cut.setattr(holder, name, stop)
+            with pytest.raises(Interruption):
+                fitted()
+        assert path.exists()
+    told = []
+    found = fitted(lambda *args: told.append(args))
+    assert told and not any(stage.startswith("training") for stage, *_ in told)
     assert not path.exists()
+    expected = f2pad_jax.fit(CFlow, images, shallowest, size=(32, 32), **SMALL)
     for name in ("flows", "losses", "peaks"):
-        same_bits(getattr(found, name), getattr(uninterrupted, name))
+        same_bits(getattr(found, name), getattr(expected, name))
 
 
 # The layers tapped

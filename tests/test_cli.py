@@ -1,6 +1,9 @@
+import errno
 import json
+import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import PIL.Image
@@ -44,6 +47,10 @@ def defective(texture, tmp_path):
     path = tmp_path / "defective.png"
     PIL.Image.fromarray(texture.test[0].image).save(path)
     return path
+
+
+def unwritable(dir):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
 
 
 def refused(capsys, *arguments):
@@ -140,13 +147,27 @@ def test_results_of_another_model_are_not_gone_on_with(model, tmp_path, texture)
 
 
 def test_refine_shows_the_history(model, defective, tmp_path):
-    assert main(["refine", str(model), str(defective), "--out", str(tmp_path / "out"), "--history"]) == 0
-    stem = defective.stem
-    assert {f"{stem}_history.{kind}" for kind in ("csv", "gif", "png")} <= {p.name for p in (tmp_path / "out").iterdir()}
+    image = tmp_path / "parts" / "left" / "x.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(defective.read_bytes())
+    assert main(["refine", str(model), str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--history"]) == 0
+    found = {p.name for p in (tmp_path / "out" / "left").iterdir()}
+    assert {f"x_history.{kind}" for kind in ("csv", "gif", "png")} <= found
 
 
-def test_bad_folders_to_fit(tmp_path, normal_folder, capsys):
+def test_history_without_matplotlib_is_refused_at_once(model, defective, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib" in refused(capsys, "refine", model, defective, "--out", tmp_path / "out", "--history")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_to_fit(tmp_path, normal_folder, capsys, monkeypatch):
     model = tmp_path / "x.model"
+    (tmp_path / "file").touch()
+    assert "not a folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path / "file" / "x.model")
+    with monkeypatch.context() as readonly:  # whoever runs the tests may write everywhere
+        readonly.setattr(cli.tempfile, "TemporaryFile", unwritable)
+        assert "Permission denied" in refused(capsys, "fit", normal_folder, "--out", tmp_path / "new" / "x.model")
     assert "no such folder" in refused(capsys, "fit", tmp_path / "missing", "--out", model)
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, "fit", tmp_path / "empty", "--out", model)
@@ -175,7 +196,7 @@ def test_progress_is_lines_where_there_is_no_terminal(flat_folder, tmp_path, cap
 def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
     model = tmp_path / "x.model"
     fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage1", "stage2"]
-    assert main([*fit, "--method", "padim", "--option", "rank=3", "num_channels=10"]) == 0
+    assert main([*fit, "--method", "padim", "--option", "rank=3", "--option", "num_channels=10"]) == 0
     assert "x.model: PaDiM, 4 normal images, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
     detector = load_detector(model)
     assert type(detector) is PaDiM and detector.precision.basis.shape == (32, 32, 3, 10)

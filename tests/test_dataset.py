@@ -106,6 +106,28 @@ def test_fewer_categories_change_none(root, tmp_path):
     assert files(tmp_path / "all") != files(tmp_path / "seed")
 
 
+def test_data_sets_are_not_mixed(root, tmp_path, monkeypatch):
+    make_dataset(root, tmp_path / "four", categories=["grass"], count=4, size=SIZE)
+    expected = files(tmp_path / "four")
+
+    def stop(path, image):
+        if path.name.startswith("002"):
+            raise KeyboardInterrupt
+        write_png(path, image)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(dataset, "write_png", stop)
+        make_dataset(root, tmp_path / "killed", categories=["grass"], count=4, size=SIZE)
+    (tmp_path / "own" / "grass").mkdir(parents=True)
+    for folder, options in (("four", {"count": 2}), ("four", {"seed": 1}), ("killed", {"count": 2}), ("own", {"count": 4})):
+        with pytest.raises(ImageError, match="holds other images"):
+            make_dataset(root, tmp_path / folder, categories=["grass"], size=SIZE, **{"count": 4, **options})
+    assert files(tmp_path / "four") == expected
+    for folder in ("four", "killed"):
+        make_dataset(root, tmp_path / folder, categories=["grass"], count=4, size=SIZE)
+        assert files(tmp_path / folder) == expected and not (tmp_path / folder / "manifest.partial").exists()
+
+
 def test_a_manifest_rebuilds_its_data_set_or_says_why_it_cannot(root, tmp_path):
     path = make_dataset(root, tmp_path / "made", protocol="hard", count=5, size=SIZE)
     rebuild_dataset(path, root, tmp_path / "again")

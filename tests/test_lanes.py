@@ -88,6 +88,45 @@ def test_no_more_images_are_taken_in_than_there_is_room_for(detector, images, co
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("f2pad")]
 
 
+@pytest.mark.parametrize("lanes", [None, 3])
+def test_a_camera_may_wait_for_a_result_before_it_gives_the_next_image(blocks, lanes):
+    detector, images = blocks
+    done = threading.Semaphore(1)
+
+    def camera():
+        for image in images[:3]:
+            assert done.acquire(timeout=60), "no result of the image before"
+            yield image
+
+    several = []
+    for result in refine_many(detector, camera(), settings=SHORT, lanes=lanes):
+        several.append(result)
+        done.release()
+    for found, expected in zip(several, refine_many(detector, images[:3], settings=SHORT, lanes=lanes), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_lanes_that_nothing_is_in_take_no_memory(blocks, lanes, monkeypatch):
+    """Images of many sizes have many buckets."""
+    detector, images = blocks
+    seen, turn = [], lanes_module.Lanes.turn
+
+    def turning(self):
+        jobs = turn(self)
+        seen.append([(bucket.load, bucket.lanes is None) for bucket in self.buckets.values()])
+        return jobs
+
+    monkeypatch.setattr(lanes_module, "cores", lambda: 1)
+    monkeypatch.setattr(lanes_module.Lanes, "turn", turning)
+    sizes = [np.pad(images[k], ((0, 4 * k), (0, 0), (0, 0)), mode="edge") for k in (0, 1, 0)]
+    several = list(refine_many(detector, sizes, settings=SHORT, lanes=lanes))
+    assert all(result.mask.any() for result in several)
+    assert_same(several[0], several[2])
+    assert all(empty == (load == 0) for buckets in seen for load, empty in buckets if load == 0 or lanes == 1)
+    assert len(seen[-1]) > 1 and all(load == 0 for load, _ in seen[-1])
+
+
 def test_an_image_that_can_not_be_read_is_told_after_those_before_it(detector, images, alone, tmp_path):
     results = refine_many(detector, [images[0], tmp_path / "missing.png", images[1]], settings=SHORT)
     assert_same(next(results), alone[0])
@@ -253,6 +292,14 @@ def test_the_first_call_of_a_program_is_made_alone():
     with ThreadPoolExecutor(4) as pool:  # of other shapes: each is a first call
         list(pool.map(lambda n: call(program, jnp.ones(n)), (4, 5, 6, 7)))
     assert most == [1, 1, 1, 1]
+    most.clear()
+
+    def of_size(x, size):
+        return program(x)
+
+    with ThreadPoolExecutor(2) as pool:  # and of other settings
+        list(pool.map(lambda size: call(of_size, jnp.ones(3), size), ((64, 64), (96, 96))))
+    assert most == [1, 1]
 
 
 def test_cores_are_those_that_xla_has(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import SIZE, MeanColour, bright_blocks, calibration
 
-from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, refine
+from f2pad_jax import Descent, ImageError, Mixture, Outcome, PatchCore, Settings, fit, lanes, refine
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import with_calibration
 from f2pad_jax.evaluation.metrics import iou
@@ -204,6 +204,23 @@ def test_separate_defects_are_solved_for_separately(wide, texture):
     assert all((restored != image / np.float32(255))[part].any() for part, _ in parts)
 
 
+def test_a_network_that_sees_the_whole_image_is_shown_the_whole_image(detector, images, monkeypatch):
+    windows, divided_by = [], lanes.regions.divided
+
+    def divide(*arguments):
+        parts = divided_by(*arguments)
+        windows.extend(window for _, window in parts)
+        return parts
+
+    monkeypatch.setattr(lanes.regions, "divided", divide)
+    quick = Settings(max_steps=0, restore_steps=0, spill=jnp.inf, dilation=0, margin=0)
+    for local, expected in ((True, {(64, 64)}), (False, {(SIZE, SIZE)})):
+        monkeypatch.setattr(type(detector), "local", local)
+        refine(detector, images[0], settings=quick)
+        assert set(windows) == expected
+        windows.clear()
+
+
 def test_a_region_that_covers_the_image_is_left_to_the_coarse_mask(detector, jitted, images):
     everywhere = Settings(spill=-1.0)
     for out in (refine(detector, images[0], settings=everywhere), jitted(detector, images[0], everywhere)):
@@ -214,8 +231,10 @@ def test_a_region_that_covers_the_image_is_left_to_the_coarse_mask(detector, jit
 
 
 def test_grey_images_work(detector, images):
-    out = refine(detector, images[0].mean(axis=-1).astype(np.uint8))
-    assert out.mask.shape == (SIZE, SIZE)
+    grey = images[0].mean(axis=-1).astype(np.uint8)
+    out, expected = refine(detector, grey), refine(detector, np.repeat(grey[..., None], 3, axis=-1))
+    assert out.mask.shape == (SIZE, SIZE) and out.mask.any()
+    jax.tree.map(np.testing.assert_array_equal, out, expected)
 
 
 def test_the_result_says_which_inpainter_ran(detector, images, result):

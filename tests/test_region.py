@@ -8,10 +8,8 @@ import scipy.ndimage
 
 from f2pad_jax.region import (
     affected_positions,
-    closed,
     dilate,
     divided,
-    erode,
     filled,
     opened,
     reached,
@@ -63,9 +61,8 @@ def check(function, oracle, masks):
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3])
-def test_dilate_and_erode_equal_scipys(masks, radius):
+def test_dilate_equals_scipys(masks, radius):
     check(lambda m: dilate(m, radius), lambda m: scipy_dilate(m, radius), masks)
-    check(lambda m: erode(m, radius), lambda m: scipy_erode(m, radius), masks)
 
 
 def test_opened_equals_scipys_three_by_three_opening(masks):
@@ -87,17 +84,6 @@ def test_opened_removes_dots_and_thin_lines_and_keeps_blocks():
     block = np.zeros((SIDE, SIDE), bool)
     block[19:22, 10:14] = block[:3, -3:] = True
     np.testing.assert_array_equal(opened(jnp.asarray(mask | block)), block)
-
-
-def test_closed_equals_scipys_closing(masks):
-    check(lambda m: closed(m, 2), lambda m: scipy_erode(scipy_dilate(m, 2), 2), masks)
-
-
-def test_closed_bridges_a_gap_of_twice_the_radius_and_no_more():
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[8:14, 4:10] = mask[8:14, 14:20] = True
-    assert np.all(closed(jnp.asarray(mask), 2)[8:14, 4:20])
-    np.testing.assert_array_equal(closed(jnp.asarray(mask), 1), mask)
 
 
 def test_filled_equals_scipys_fill_holes(masks):
@@ -161,7 +147,7 @@ def test_filled_handles(shape):
 @pytest.mark.parametrize("value", [False, True])
 def test_empty_and_full_masks_stay(value):
     mask = jnp.full((SIDE, SIDE), value)
-    for function in (fill_one, suspect, opened, functools.partial(closed, radius=2)):
+    for function in (fill_one, suspect, opened):
         np.testing.assert_array_equal(function(mask), mask)
 
 

@@ -37,16 +37,17 @@ def problem():
     return Problem.make(detector, x, region, None, beta=0.02)
 
 
-@pytest.mark.parametrize("crossing", [False, True])
-def test_the_loop_equals_a_plain_python_one(problem, crossing):
+@pytest.mark.parametrize(("crossing", "clip"), [(False, np.inf), (True, np.inf), (True, 0.01)])
+def test_the_loop_equals_a_plain_python_one(problem, crossing, clip):
     """Algorithm 1 written out step by step, in NumPy but for the objective's gradient."""
-    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0), crossing=crossing)
+    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0), crossing=crossing, clip=clip)
     solution = solve(solver, problem, jnp.zeros_like(problem.x), max_steps=20, steps_per_check=1)
 
     x, region = np.asarray(problem.x, np.float64), np.asarray(problem.region)
     h, w, _ = x.shape
     n = np.where(region[..., None], 0.0, x)
     m = v = s = previous = np.zeros_like(x)
+    clipped = 0.0
     for step in range(1, 21):
         gradient = np.asarray(jax.grad(problem)(jnp.asarray(n)), np.float64) * region[..., None]
         g = np.zeros_like(gradient)
@@ -60,6 +61,8 @@ def test_the_loop_equals_a_plain_python_one(problem, crossing):
                         total += weight
                         g[i, j] += weight * gradient[a, b]
                 g[i, j] /= total
+        clipped += np.mean(np.abs(g[region]) > clip) / 20
+        g = np.clip(g, -clip, clip)
         d = g - previous if step > 1 else np.zeros_like(g)
         m, v, s = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * d, 0.99 * s + 0.01 * (g + 0.92 * d) ** 2
         hats = m / (1 - 0.98**step), v / (1 - 0.92**step), s / (1 - 0.99**step)
@@ -70,6 +73,7 @@ def test_the_loop_equals_a_plain_python_one(problem, crossing):
             n = np.where(np.sum((before - x) * (n - x), axis=-1, keepdims=True) < 0, x, n)
         previous = g
     assert solution.steps == 20
+    assert 0.1 < clipped < 0.9 or np.isinf(clip)
     assert np.any(n[region] == x[region]) != crossing
     np.testing.assert_allclose(np.asarray(solution.n), n, atol=1e-6)
 

@@ -65,6 +65,11 @@ class Backbone(eqx.Module):
         return tuple(m.shape[-1] for m in jax.eval_shape(type(self).__call__, self, image))
 
     @property
+    def local(self) -> bool:
+        """Whether a window of an image has the image's features, but for those near the window's border."""
+        return NETWORKS[self.name].local and "logits" not in self.layers
+
+    @property
     def stride(self) -> int:
         """The coarsest stride tapped: image sides and window corners are multiples of it."""
         return max(self.strides)

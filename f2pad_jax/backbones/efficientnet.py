@@ -201,6 +201,7 @@ def _network(variant: str) -> Network:
         deep_layers=("stage3.project", "stage5.project", "stage6.project"),
         layouts=_layouts(scaled_depths(SCALES[variant][1], variant.startswith("lite"))),
         batch_norm_eps=1e-3,
+        local=variant.startswith("lite"),  # squeeze-and-excitation averages over all of the image
     )
 
 

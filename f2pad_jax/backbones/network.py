@@ -27,5 +27,7 @@ class Network(NamedTuple):
     deep_layers: tuple[str, ...] = ()
     """The layers CFLOW-AD taps."""
     batch_norm_eps: float = 0.0
+    local: bool = True
+    """Whether a position's features depend on its surroundings alone, and so are the same in a window of the image."""
     missing_hint: str = ""
     """What to add to the message when a tensor is missing."""

@@ -183,6 +183,7 @@ def _network(width: int, num_heads: int) -> Network:
             "timm": (*FUSED, (r"head\.", "head.")),
             "Hugging Face": (*HUGGING_FACE, (r"classifier\.", "head.")),
         },
+        local=False,  # every position attends to all
     )
 
 

@@ -84,7 +84,7 @@ def make_dataset(
         progress: told how far it is.
 
     Raises:
-        ImageError: ``root`` is no such data set, or an image can't be read.
+        ImageError: ``root`` is no such data set, an image can't be read, or ``out`` holds another data set.
         OptionError: the protocol is unknown, or ``count`` is less than 1.
     """
     if protocol not in PROTOCOLS:
@@ -104,6 +104,7 @@ def make_dataset(
         "lenders": [category.name for category in found],
         "categories": {},
     }
+    draft = _begun(out, manifest, [category.name for category in chosen])
     used: set[Path] = set()
     for category in chosen:
         sources, train = _sources(category, found, size, count, seed)
@@ -140,7 +141,20 @@ def make_dataset(
     manifest["sources"] = {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(used)}
     path = out / "manifest.json"
     write_atomically(path, json.dumps(manifest, indent=1).encode())
+    draft.unlink()
     return path
+
+
+def _begun(out: Path, manifest: dict[str, Any], categories: list[str]) -> Path:
+    """Make sure that ``out`` holds no other data set; returns a file that says until the end which one is being made."""
+    draft = out / "manifest.partial"
+    wanted = {key: value for key, value in manifest.items() if key not in ("version", "categories")}
+    there = [read_manifest(file) for file in (out / "manifest.json", draft) if file.exists()]
+    other = next((name for name in categories if (out / name).exists()), None) if not there else None
+    if other or any(any(one.get(key) != value for key, value in wanted.items()) for one in there):
+        raise ImageError(f"{out / (other or '')}: holds other images; choose another folder to write to")
+    write_atomically(draft, json.dumps(wanted).encode())
+    return draft
 
 
 def rebuild_dataset(

@@ -147,6 +147,11 @@ class AbstractDetector(eqx.Module):
         return self.backbone.stride
 
     @property
+    def local(self) -> bool:
+        """Whether a window of an image has the image's scores, but for those near the window's border."""
+        return self.backbone.local
+
+    @property
     def scale(self) -> Float[Array, ""] | float:
         """Mean raw score of held-out normal images; 1 before the calibration."""
         return 1.0 if self.calibration is None else self.calibration.scale

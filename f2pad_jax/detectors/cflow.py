@@ -179,7 +179,7 @@ class CFlow(AbstractDetector):
             learning_rate: of Adam, at its highest.
             rotation: most degrees an image is turned.
             resume: file to keep the state in after every meta-epoch, and to go on from where it is there and of the same
-                run. Removed at the end.
+                run. :func:`f2pad_jax.fit` removes it once it has calibrated, and tuned, what was trained.
 
         Raises:
             CheckpointError: ``resume`` is damaged, or of a run with other images, weights or options.
@@ -229,16 +229,13 @@ class CFlow(AbstractDetector):
             if saved:
                 saved.write(epoch + 1, training)
 
-        detector = cls(
+        return cls(
             backbone=backbone,
             size=images.size,
             flows=tuple(training.flows),
             peaks=jnp.zeros(len(flows)),
             losses=jnp.asarray(training.losses),
         ).with_peaks(images)
-        if saved:
-            saved.remove()
-        return detector
 
     def with_peaks(self, images: NormalImages) -> "CFlow":
         """The same with the peaks of these images."""
@@ -335,10 +332,6 @@ class Resume:
             write_safetensors(self.path, tensors, metadata)
         except OSError as error:
             raise CheckpointError(f"{self.path}: the training's state can't be written ({error.strerror})") from None
-
-    def remove(self) -> None:
-        """The training is done."""
-        self.path.unlink(missing_ok=True)
 
 
 @jax.jit

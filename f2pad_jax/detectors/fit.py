@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -98,6 +99,8 @@ def fit(
 
         detector, trials = tune(detector, normals.subset(held_out), normals.subset(others), seed=seed, progress=progress)
         tuning += trials
+    if "resume" in options:
+        Path(options["resume"]).unlink(missing_ok=True)
     if not method.refits:
         return detector
     return with_calibration(method.fit(normals, backbone, seed=seed, progress=progress, **options), detector.calibrated)

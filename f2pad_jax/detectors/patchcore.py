@@ -144,9 +144,8 @@ def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1
     ``image`` in normalised intensity.
     """
     maps = extract(backbone, image)
-    return jnp.concatenate(
-        [jax.image.resize(_average(m), (*maps[0].shape[:2], m.shape[2]), "linear") for m in maps], axis=-1
-    )
+    size = max(m.shape[:2] for m in maps)
+    return jnp.concatenate([jax.image.resize(_average(m), (*size, m.shape[2]), "linear") for m in maps], axis=-1)
 
 
 def _average(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:

@@ -33,6 +33,7 @@ from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import DepthError, ImageError, OptionError
 from f2pad_jax.evaluation import metrics, peers
 from f2pad_jax.history import history
+from f2pad_jax.inpaint import in_full
 from f2pad_jax.models import load_detector, save_detector
 from f2pad_jax.refine import refine_many
 from f2pad_jax.settings import Settings
@@ -155,7 +156,7 @@ def evaluate(
         for name in asked:
             if name not in there:
                 raise OptionError(f"{what} '{name}' is unknown; there are {', '.join(there)}")
-    root, out = Path(root), Path(out)
+    root, out, inpainter = Path(root), Path(out), in_full(None)
     if str(root) == TEXTURES and not root.exists():
         root = write_textures(out / "data" / TEXTURES)
     for protocol in protocols:
@@ -166,7 +167,8 @@ def evaluate(
             for setting in settings:
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
-                    asked = {**dataclasses.asdict(case), "size": list(size), "seed": seed, "tune": tune}
+                    asked = dataclasses.asdict(case) | {"size": list(size), "seed": seed, "tune": tune}
+                    asked["inpainter"] = inpainter
                     _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
@@ -212,7 +214,7 @@ def _run(
     size = tuple(asked["size"])
     file = folder / "case.json"
     if file.exists() and (there := json.loads(file.read_text())) | asked != there:
-        raise ImageError(f"{folder}: holds a run with another size, seed or tuning; choose another output folder")
+        raise ImageError(f"{folder}: holds a run with another size, seed or tuning, or inpainter; choose another folder")
     defective = spread([sample for sample in category.test if sample.mask is not None], images or None)
     samples = defective + spread([sample for sample in category.test if sample.mask is None], images or None)
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
@@ -234,11 +236,11 @@ def _run(
     for variant in (FULL, *ablations):
         todo = [sample for sample in samples if variant in missing[sample.name]]
         progress(f"{case.folder}: refining, {variant}", len(samples) - len(todo), len(samples))
-        for k, _ in enumerate(_look(detector, todo, folder, variant, size)):
+        for k, _ in enumerate(_look(detector, todo, folder, variant, asked)):
             progress(f"{case.folder}: refining, {variant}", len(samples) - len(todo) + k + 1, len(samples))
     for k, sample in enumerate(undrawn):
         progress(f"{case.folder}: curves", k, len(undrawn))
-        past = history(detector, _resized(sample, size), every=10**6)
+        past = history(detector, _resized(sample, size), inpaint=asked["inpainter"], every=10**6)
         series = {"objective": past.objective, **past.terms}
         drawn[sample.name] = {name: np.round(np.asarray(values, float), 3).tolist() for name, values in series.items()}
         write_atomically(folder / CURVES, json.dumps(drawn).encode())
@@ -322,13 +324,14 @@ def _refined_by(names: Iterable[str]) -> list[str]:
 
 
 def _look(
-    detector: AbstractDetector, samples: Sequence[Sample], folder: Path, variant: str, size: tuple[int, int]
+    detector: AbstractDetector, samples: Sequence[Sample], folder: Path, variant: str, asked: dict[str, Any]
 ) -> Iterator[Sample]:
     """Refine images and keep what came of each, beside what was kept before."""
-    images = (_resized(sample, size) for sample in samples)
+    images = (_resized(sample, tuple(asked["size"])) for sample in samples)
     settings = None if variant == FULL else ABLATIONS[variant]
     began, compiled = time.perf_counter(), compile_seconds()
-    for sample, result in zip(samples, refine_many(detector, images, settings=settings), strict=True):
+    results = refine_many(detector, images, settings=settings, inpaint=asked["inpainter"])
+    for sample, result in zip(samples, results, strict=True):
         now, compiling = time.perf_counter(), compile_seconds()
         _keep(result, sample, folder, variant, max(now - began - (compiling - compiled), 0.0))
         yield sample
@@ -421,7 +424,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
 
     m0 = [i.coarse_mask for i in images]
     shared = {
-        **{key: about[key] for key in ("category", "method", "backbone", "protocol", "setting", "seed")},
+        **{key: about[key] for key in ("category", "method", "backbone", "protocol", "setting", "seed", "inpainter")},
         "images": len(defective),
         "good_images": len(images) - len(defective),
         "coarse_iou": mean(metrics.iou, m0),

@@ -17,9 +17,6 @@ from f2pad_jax.units import HIGHEST, LOWEST
 Scalar = float | Float[Array, ""]
 
 
-_ADAN = optax.chain(scale_by_adan(), optax.scale(-1.0))
-
-
 class Memory(NamedTuple):
     """What a descent carries from step to step."""
 
@@ -116,6 +113,7 @@ class Proximal(AbstractSolver):
         g = shared(gradient, inside, share, jnp.inf)
         direction, updated = scale_by_adan(*self.momentum).update(g, moments)
         assert isinstance(updated, ScaleByAdanState)
+        # Adan divides each channel by a root of its own; that is undone, and all are divided by the root of their mean
         root = jnp.sqrt(updated.s / (1 - self.momentum[2] ** updated.count))
         eta = self.learning_rate / (jnp.sqrt(jnp.mean(root**2, axis=-1, keepdims=True)) + 1e-8)
         d = root * jnp.asarray(direction)

@@ -74,6 +74,10 @@ class AbstractSolver(eqx.Module):
     tolerance: eqx.AbstractVar[float | Float[Array, ""]]
     """Converged when the objective falls by less than this a step."""
 
+    def at_rate(self, learning_rate: float | Float[Array, ""]) -> "AbstractSolver":
+        """The same solver with another learning rate."""
+        return eqx.tree_at(lambda solver: solver.learning_rate, self, learning_rate)
+
     @abc.abstractmethod
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """The state to start from: :func:`start` with what the solver remembers."""
