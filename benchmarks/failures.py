@@ -18,6 +18,8 @@ def main() -> None:
     """A line for each."""
     found: dict[str, list[tuple[float, float]]] = {}
     for folder in sorted((Path(sys.argv[1]) / "runs").iterdir()):
+        if not (folder / "case.json").exists():  # still being fitted
+            continue
         about = json.loads((folder / "case.json").read_text())
         rows = found.setdefault(" ".join(about[key] for key in ("protocol", "setting", "method")), [])
         for image in load_images(folder):
