@@ -43,9 +43,10 @@ def at_least(least: int) -> Callable[[str], int]:
     """What makes a whole number of an argument, and refuses one below ``least``."""
 
     def number(text: str) -> int:
-        if int(text) < least:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
+        return value
 
     number.__name__ = "whole number"  # as argparse says of what is none
     return number
@@ -523,7 +524,7 @@ def _folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ImageError(f"{path}: not a folder; --out names a folder to write to") from None
+        raise ImageError(f"{path}: not a folder, and --out is to write to one") from None
 
 
 def _use_compilation_cache() -> None:

@@ -208,7 +208,7 @@ class Bucket:
                 self.lanes = begun
             else:
                 if self.lanes is None:
-                    self.lanes = repeated(jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), begun), len(self.parts))
+                    self.lanes = emptied(begun, len(self.parts))
                 self.lanes = m.call(put, (begun, jnp.asarray(places)), self.lanes)
         self.starts = []
 
@@ -357,6 +357,11 @@ def repeated(lane: Lane, count: int) -> Lane:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), lane)
 
 
+def emptied(lanes: Lane, count: int) -> Lane:
+    """A bucket of lanes like these, with nothing in them."""
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), lanes)
+
+
 def lane_bytes(program) -> int:
     """Memory a compiled bucket needs, all lanes and the detector together."""
     memory = program.compiled.memory_analysis()
@@ -445,7 +450,7 @@ def stream(
     default = [jax.config.values["jax_default_device"]] * (min(cores(), count) if device.platform == "cpu" else 1)
     servers = [(device, Calls()) for device in devices] or list(zip(default, itertools.repeat(Calls())))
     lanes_each = num_lanes or (1 if memory(device) == 0 else most)
-    room, ahead = threading.Semaphore(AHEAD * lanes_each * len(servers)), threading.Semaphore(2 * len(servers))
+    room, ahead = threading.Semaphore(AHEAD * lanes_each * len(servers)), threading.Semaphore(2 * len(servers) - 1)
     images: queue.SimpleQueue[tuple[int, Future] | None] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     stopped = threading.Event()
@@ -454,14 +459,14 @@ def stream(
         """Images to come, a few ahead; the source may take its time over each."""
         number = 0
         try:
-            items = iter(source)
-            while ahead.acquire() and not stopped.is_set():
-                images.put((number, readers.submit(_read, next(items))))
+            for item in source:
+                images.put((number, readers.submit(_read, item)))
                 number += 1
-        except StopIteration:
-            pass
-        except BaseException as error:
-            images.put((number, _failed(error)))
+                ahead.acquire()
+                if stopped.is_set():
+                    break
+        except BaseException as error:  # raised after the results of those before it
+            results.put((number, error))
         images.put(None)
 
     def deliver(jobs: list[Job], call: Calls) -> None:
@@ -509,7 +514,7 @@ def stream(
             while serving or waiting:
                 while number in waiting:
                     result = waiting.pop(number)
-                    if isinstance(result, F2padError):
+                    if isinstance(result, BaseException):
                         raise result
                     yield result
                     number += 1
@@ -534,13 +539,6 @@ def stream(
 def _read(item: Any) -> Any:
     """An image, or that of a path."""
     return read_image(item) if isinstance(item, (str, Path)) else item
-
-
-def _failed(error: BaseException) -> Future:
-    """An image that did not come."""
-    future: Future = Future()
-    future.set_exception(error)
-    return future
 
 
 def _on(device: Any, tree: Any) -> Any:

@@ -134,6 +134,17 @@ def test_an_image_that_can_not_be_read_is_told_after_those_before_it(detector, i
         next(results)
 
 
+def test_what_the_source_raises_is_raised_after_the_results_before_it(detector, images, alone):
+    def source():
+        yield images[0]
+        raise RuntimeError("camera unplugged")
+
+    results = refine_many(detector, source(), settings=SHORT)
+    assert_same(next(results), alone[0])
+    with pytest.raises(RuntimeError, match="camera unplugged"):
+        next(results)
+
+
 def test_what_the_source_raises_is_raised(detector):
     def source():
         raise RuntimeError("camera unplugged")

@@ -167,8 +167,8 @@ def evaluate(
             for setting in settings:
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
-                    asked = dataclasses.asdict(case) | {"size": list(size), "seed": seed, "tune": tune}
-                    asked["inpainter"] = inpainter
+                    asked = dataclasses.asdict(case)
+                    asked |= {"size": list(size), "seed": seed, "tune": tune, "inpainter": inpainter}
                     _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
