@@ -249,7 +249,7 @@ def _demo_table(summary: dict) -> str:
 def _fit(arguments: argparse.Namespace) -> None:
     from f2pad_jax.backbones import find_network, load_backbone
     from f2pad_jax.data.images import read_image
-    from f2pad_jax.evaluation.tune import GAIN, trials_table
+    from f2pad_jax.evaluation.tune import trials_table
     from f2pad_jax.models import save_detector
 
     paths = _normal_images(arguments)
@@ -273,7 +273,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         )
     save_detector(arguments.out, detector)
     if trials:
-        print(f"tuned on synthetic defects; another value is taken where it gains {GAIN} or more:\n{trials_table(trials)}")
+        print(trials_table(trials))
     print(f"{arguments.out}: {type(detector).__name__}, {_summary(detector, len(paths))}")
 
 

@@ -180,9 +180,9 @@ def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
         | {f"boundary_f1_{r}": 0.25 * r for r in (1, 2, 3)}
         for c, m, b, v in (("nut", "padim", "x", 0.8), ("bolt", "padim", "x", 0.6), ("nut", "cflow", "y", 0.9))
     ]
-    tried = [Trial(0.01, 1.5, 6, 0.8, False)._asdict(), Trial(0.003, 1.5, 6, 0.9, True)._asdict()]
+    tried = [Trial(0.01, 1.5, 6, 0.8, 16, 0.0, 0.0, False), Trial(0.003, 1.5, 6, 0.9, 16, 0.1, 0.02, True)]
     (folder := tmp_path / "runs" / "hard-normal-nut-padim-x").mkdir(parents=True)
-    about = {"category": "nut", "method": "padim", "tuning": tried, "samples": []}
+    about = {"category": "nut", "method": "padim", "tuning": [t._asdict() for t in tried], "samples": []}
     (folder / "case.json").write_text(json.dumps(about))
     lines = write_tables(tmp_path, records)[0].read_text().splitlines()
     assert "| nut, PaDiM | 1.5 | 0.003 | 6 | 90.0 | 80.0 |" in lines

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
+from scipy.stats import sem
 
-from f2pad_jax import NormalImages, load_detector
+from f2pad_jax import NormalImages, Settings, load_detector
 from f2pad_jax.cli import main
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import Trial
 from f2pad_jax.evaluation import tune as tuning
-from f2pad_jax.evaluation.tune import GAIN, synthetic_defects, trials_table
+from f2pad_jax.evaluation.tune import GAIN, is_gain, standard_error, synthetic_defects, trials_table
 
 SIZE = (64, 64)
 
@@ -36,26 +37,48 @@ def test_synthetic_defects_are_of_both_protocols_and_on_held_out_images(held_out
 
 
 def test_the_table_says_what_was_chosen():
-    table = trials_table([Trial(0.01, 1.5, 6, 0.8, False), Trial(0.01, 3.0, 6, 0.91234, True)])
-    assert table.splitlines()[2].split() == ["3", "0.01", "6", "0.912", "chosen"] and table.count("chosen") == 1
+    table = trials_table(
+        [Trial(0.01, 1.5, 6, 0.8, 16, 0.0, 0.0, False), Trial(0.01, 3.0, 6, 0.91234, 16, 0.11, 0.02, True)]
+    )
+    assert table.splitlines()[3].split() == ["3", "0.01", "6", "16", "0.912", "+0.110", "±", "0.020", "chosen"]
+    assert table.count("chosen") == 1 and len(table.splitlines()[2].split()) == 5
 
 
-def test_the_command_takes_the_best_of_what_it_tries_and_says_so(grass, tmp_path, monkeypatch, capsys):
-    """Ten times less sparsity against the ordinary one; what is tried twice is run once."""
-    monkeypatch.setattr(tuning, "SPARSITY", (1.5, 0.15))
-    monkeypatch.setattr(tuning, "ALPHA1", (0.01, 0.01))
+def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_path, monkeypatch, capsys):
+    """From far too little sparsity; a value that gains nothing on the first four defects isn't tried on the others."""
+    monkeypatch.setattr(tuning, "SPARSITY", (0.015, 0.0015, 1.5))
+    monkeypatch.setattr(tuning, "SHORT", Settings(restore_steps=0, sparsity=0.015))
+    monkeypatch.setattr(tuning, "ALPHA1", (0.01,))
     monkeypatch.setattr(tuning, "COMPONENTS", (2,))
-    monkeypatch.setattr(tuning, "NUM_IMAGES", 2)
+    monkeypatch.setattr(tuning, "NUM_IMAGES", 8)
+    monkeypatch.setattr(tuning, "HEAT", 4)
     for k, crop in enumerate(grass.train):
         write_png(tmp_path / "good" / f"{k}.png", crop)
     model = tmp_path / "grass.model"
     assert main(["tune", str(tmp_path / "good"), "--out", str(model), "--size", "64"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    trials = [line.split() for line in printed if len(line.split()) in (4, 5) and line.split()[2] == "2"]
-    assert [(t[0], t[1]) for t in trials] == [("1.5", "0.01"), ("0.15", "0.01")]
-    first, second = (float(t[3]) for t in trials)
-    assert [t[-1] == "chosen" for t in trials] == [second <= first + GAIN, second > first + GAIN]
+    first, less, more = (line.split() for line in printed if line.split()[2:3] == ["2"])
+    assert [first[0], less[0], more[0]] == ["0.015", "0.0015", "1.5"]
+    assert [first[3], less[3], more[3]] == ["8", "4", "8"]
+    assert float(less[5]) < GAIN <= float(more[5]) and float(more[5]) > float(more[7])
+    assert float(more[5]) == pytest.approx(float(more[4]) - float(first[4]), abs=0.0015)  # three digits of each
+    assert [row[-1] == "chosen" for row in (first, less, more)] == [False, False, True]
     calibrated = load_detector(model).calibrated
-    chosen = next(t for t in trials if t[-1] == "chosen")
-    assert [float(v) for v in calibrated.tuned] == pytest.approx([1.0, float(chosen[0]) / 1.5])
+    assert [float(v) for v in calibrated.tuned] == pytest.approx([1.0, 100.0])
     assert 1 <= calibrated.prior.num_components <= 2
+
+
+@pytest.mark.parametrize(
+    "gains, counts",
+    [
+        ([0.02] * 4, True),
+        ([0.004] * 4, False),  # less than counts
+        ([0.08, 0.0, 0.0, 0.0], False),  # one defect's
+        ([0.08, 0.08, 0.0, 0.0], True),
+        ([0.2, 0.2, -0.15, -0.15], False),
+    ],
+)
+def test_a_gain_counts_beyond_its_standard_error(gains, counts):
+    gains = np.asarray(gains)
+    assert standard_error(gains) == pytest.approx(sem(gains))
+    assert is_gain(float(gains.mean()), standard_error(gains)) is counts

@@ -35,6 +35,12 @@ class Trial(NamedTuple):
     """Most Gaussians of the pixel prior."""
     iou: float
     """Mean over synthetic defects, 0..1."""
+    images: int
+    """How many, the first ones."""
+    gain: float
+    """Mean IoU over that of the best before it, on the same defects."""
+    error: float
+    """Of the gain: its standard error."""
     chosen: bool
 
 
