@@ -32,7 +32,7 @@ def main() -> None:
     train, defects = cut_paste(arguments.folder, 8)
     detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
     image, truth = defects[arguments.image]
-    paper = eqx.tree_at(lambda s: s.tolerance, Settings.paper().solver, -1e9)
+    paper = Settings.paper().solver.endless()
     solvers = {"with sharing": paper, "without": eqx.tree_at(lambda s: s.sharing, paper, None)}
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplot_mosaic([["x", "truth", *solvers], ["curves"] * 4])

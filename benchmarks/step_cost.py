@@ -23,10 +23,10 @@ from f2pad_jax.units import denormalise, normalise, resized, to_unit
 
 STEPS = 50
 SOLVERS = {
-    "Descent": Descent(tolerance=-1e9),
-    "Descent, 121 taps": Descent(tolerance=-1e9, sharing=f2pad_jax.Sharing(cutoff=0.0)),
-    "Descent, no sharing": Descent(tolerance=-1e9, sharing=None),
-    "Proximal": Proximal(tolerance=-1e9),
+    "Descent": Descent().endless(),
+    "Descent, 121 taps": Descent(sharing=f2pad_jax.Sharing(cutoff=0.0)).endless(),
+    "Descent, no sharing": Descent(sharing=None).endless(),
+    "Proximal": Proximal().endless(),
 }
 
 

@@ -48,7 +48,7 @@ def main() -> None:
         detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
         for name, (solver, look) in SOLVERS.items():
             steps = arguments.steps if "paper" in name else arguments.steps // 2
-            unstopped = eqx.tree_at(lambda s: s.tolerance, solver, -1e9)
+            unstopped = solver.endless()
             settings = Settings(solver=unstopped, decision=Residual(), max_steps=steps)
             for image, truth in defects:
                 history = f2pad_jax.history(detector, image, settings=settings, every=EVERY)

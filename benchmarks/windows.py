@@ -94,7 +94,7 @@ def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius
     ((part, window),) = divided(disc, Settings().margin, detector.stride, WINDOWS)
     times = []
     for steps in (100, 200):
-        settings = Settings(solver=Descent(tolerance=-1e9), max_steps=jnp.asarray(steps), restore_steps=jnp.asarray(0))
+        settings = Settings(solver=Descent().endless(), max_steps=jnp.asarray(steps), restore_steps=jnp.asarray(0))
         arguments = (detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
         times.append(seconds(_solve, *arguments)[0])
     steps = times[1] - times[0]

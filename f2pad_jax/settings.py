@@ -68,6 +68,7 @@ class Settings(eqx.Module):
             delta=0.05,  # none, and the step diverges as a -> 0
             clip=0.03,
             sharing=Sharing(cutoff=0.0),
+            settled=0.0,
             crossing=True,
         )
         return Settings(

@@ -17,6 +17,7 @@ from f2pad_jax import (
     State,
     solve,
 )
+from f2pad_jax.solvers.loop import outstanding
 from f2pad_jax.units import HIGHEST, LOWEST
 
 
@@ -40,7 +41,7 @@ def problem():
 @pytest.mark.parametrize(("crossing", "clip"), [(False, np.inf), (True, np.inf), (True, 0.01)])
 def test_the_loop_equals_a_plain_python_one(problem, crossing, clip):
     """Algorithm 1 written out step by step, in NumPy but for the objective's gradient."""
-    solver = Descent(tolerance=-1e9, sharing=Sharing(cutoff=0.0), crossing=crossing, clip=clip)
+    solver = Descent(sharing=Sharing(cutoff=0.0), crossing=crossing, clip=clip).endless()
     solution = solve(solver, problem, jnp.zeros_like(problem.x), max_steps=20, steps_per_check=1)
 
     x, region = np.asarray(problem.x, np.float64), np.asarray(problem.region)
@@ -95,8 +96,34 @@ def test_pixels_stay_valid(problem):
 def test_it_stops_when_little_is_gained(problem):
     impatient = solve(Descent(tolerance=1e9), problem, problem.x, max_steps=500)
     assert impatient.outcome == Outcome.CONVERGED and impatient.steps == 20
-    never = solve(Descent(tolerance=-1e9), problem, problem.x, max_steps=30)
+    never = solve(Descent().endless(), problem, problem.x, max_steps=30)
     assert never.outcome == Outcome.STEP_LIMIT and never.steps == 30
+
+
+def test_it_stops_when_the_pixels_that_stand_out_no_longer_change(problem):
+    """Long before the objective does: inside the patch n goes on to change. Not where there is no sparsity."""
+    n0 = jnp.where(problem.region[..., None], 0.0, problem.x)
+    patch = np.zeros((24, 24), bool)
+    patch[8:14, 9:17] = True
+    solution = solve(Descent(tolerance=-jnp.inf), problem, n0, max_steps=300)
+    assert solution.outcome == Outcome.CONVERGED and 20 <= solution.steps < 100
+    np.testing.assert_array_equal(outstanding(problem, solution.n), patch)
+    later = solve(Descent().endless(), problem, n0, max_steps=300)
+    np.testing.assert_array_equal(outstanding(problem, later.n), patch)
+    assert float(later.objective) < float(solution.objective) - 1
+    for endless in (
+        solve(Descent(tolerance=-jnp.inf, settled=0.0), problem, n0, max_steps=100),
+        solve(Descent(tolerance=-jnp.inf), problem.with_beta(0.0), n0, max_steps=100),
+    ):
+        assert endless.outcome == Outcome.STEP_LIMIT
+
+
+def test_what_stands_out_is_above_half_the_level_and_inside_the_region(problem):
+    inside = np.asarray(problem.region)
+    a = np.where(np.random.default_rng(0).random((24, 24)) < 0.1, 1.0, 0.1)
+    n = problem.x - jnp.asarray(a)[..., None] / np.sqrt(3)
+    np.testing.assert_array_equal(outstanding(problem, n), inside & (a == 1.0))
+    assert not outstanding(problem, problem.x).any()
 
 
 def test_a_first_guess_that_is_right_is_not_thrown_away(problem):
@@ -204,6 +231,7 @@ class SignDescent(AbstractSolver):
 
     learning_rate: float = 0.05
     tolerance: float = 1e-3
+    settled: float = 0.0
 
     def init(self, problem, n0):
         return State(jnp.where(problem.region[..., None], n0, problem.x), jnp.asarray(jnp.inf), None)
@@ -220,7 +248,7 @@ def test_a_solver_of_ones_own_runs_in_the_same_loop(problem):
     assert solution.outcome == Outcome.CONVERGED and 0 < solution.steps < 200
 
 
-@pytest.mark.parametrize("solver", [Descent(tolerance=-1e9), Proximal(tolerance=-1e9)], ids=["descent", "proximal"])
+@pytest.mark.parametrize("solver", [Descent().endless(), Proximal().endless()], ids=["descent", "proximal"])
 def test_a_recorded_solver_takes_the_same_steps(problem, solver):
     start = jnp.where(problem.region[..., None], 0.0, problem.x)
     plain = solve(solver, problem, start, max_steps=40)

@@ -28,7 +28,7 @@ from f2pad_jax.lanes import MOST_LANES, decide, each, enter
 from f2pad_jax.objective import Problem
 from f2pad_jax.refine import refine_many
 from f2pad_jax.settings import Settings
-from f2pad_jax.solvers import Descent
+from f2pad_jax.solvers import AbstractSolver, Descent
 from f2pad_jax.solvers.loop import advance, begin
 from f2pad_jax.timing import compile_seconds
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
@@ -278,7 +278,7 @@ def _step(detector: AbstractDetector, image: np.ndarray, lanes: int, say: Say) -
 
         return run
 
-    def solved(solver: Descent, steps: int) -> Callable:
+    def solved(solver: AbstractSolver, steps: int) -> Callable:
         def run(problem: Problem, shift: Array) -> Array:
             iterate = begin(solver, problem, n0 + shift)
             return jax.lax.fori_loop(0, STEPS // steps, lambda _, it: advance(solver, problem, it, steps), iterate).state.n
@@ -296,9 +296,9 @@ def _step(detector: AbstractDetector, image: np.ndarray, lanes: int, say: Say) -
         "the network's gradient": descended(bare),
         "with the scores": descended(scored),
         "with prior, variation and sparsity": descended(Problem.__call__),
-        "with Adan": solved(Descent(tolerance=-1e9, sharing=None), STEPS),
-        "with sharing": solved(Descent(tolerance=-1e9), STEPS),
-        "with candidates looked up again": solved(Descent(tolerance=-1e9), Settings().steps_per_check),
+        "with Adan": solved(Descent(sharing=None).endless(), STEPS),
+        "with sharing": solved(Descent().endless(), STEPS),
+        "with candidates looked up again": solved(Descent().endless(), Settings().steps_per_check),
     }
     once, first = timed(lambda problem, shift: problem.where), 0.0
     for name, run in rows.items():

@@ -45,6 +45,11 @@ class Recorded(AbstractSolver):
         """The solver's."""
         return self.solver.tolerance
 
+    @property
+    def settled(self) -> float | Float[Array, ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The solver's."""
+        return self.solver.settled
+
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """The solver's start, and an empty record."""
         state = self.solver.init(problem, n0)
@@ -70,9 +75,9 @@ class Recorded(AbstractSolver):
             )
         )
 
-    def terminate(self, before: State, after: State, num_steps: int) -> Bool[Array, ""]:
+    def terminate(self, problem: Problem, before: State, after: State, num_steps: int) -> Bool[Array, ""]:
         """As the solver says."""
-        return self.solver.terminate(_inner(before), _inner(after), num_steps)
+        return self.solver.terminate(problem, _inner(before), _inner(after), num_steps)
 
     def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: float | Float[Array, ""]) -> Bool[Array, "h w"]:
         """As the solver says."""
