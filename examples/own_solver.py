@@ -18,7 +18,7 @@ class SignDescent(f2pad_jax.AbstractSolver):
 
     learning_rate: float = 0.1
     tolerance: float = 0.05
-    settled: float = 0.002
+    settled: float = 0.0015
 
     def init(self, problem: f2pad_jax.Problem, n0: Float[Array, "h w 3"]) -> f2pad_jax.State:
         """The count of steps and the weights of Eq. (14) are what it remembers."""

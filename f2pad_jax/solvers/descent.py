@@ -62,7 +62,7 @@ class Descent(AbstractSolver):
     everywhere, throw n away from x."""
     tolerance: Scalar = 0.05
     """Converged when the objective falls by less than this a step. Paper: 0.05, PaDiM 0.1, at an unstated scale."""
-    settled: Scalar = 0.002
+    settled: Scalar = 0.0015
     """Converged, too, when of the pixels that stand out in a less than this share comes or goes a step. Paper: none, 0."""
 
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
@@ -101,7 +101,7 @@ class Proximal(AbstractSolver):
     """Eq. (13)-(14). Off: it moves the good pixels, which the map holds at zero, along with the bad ones beside them."""
     tolerance: Scalar = 0.05
     """As :class:`Descent`'s."""
-    settled: Scalar = 0.002
+    settled: Scalar = 0.0015
     """As :class:`Descent`'s."""
 
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
