@@ -8,6 +8,7 @@ stopped (the paper's looks at single steps, ours at ten), with the mean IoU ther
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import equinox as eqx
@@ -48,17 +49,15 @@ def main() -> None:
         detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
         for name, (solver, look) in SOLVERS.items():
             steps = arguments.steps if "paper" in name else arguments.steps // 2
-            unstopped = solver.endless()
-            settings = Settings(solver=unstopped, decision=Residual(), max_steps=steps)
+            own = Settings(solver=solver, decision=Residual(), max_steps=steps, steps_per_check=look)
+            settings = dataclasses.replace(own, solver=solver.endless(), steps_per_check=10)
             for image, truth in defects:
                 history = f2pad_jax.history(detector, image, settings=settings, every=EVERY)
                 path = np.array([iou(mask, truth) for mask in history.masks])
                 path = np.pad(path, (0, steps // EVERY + 1 - len(path)), "edge")  # where it became non-finite
-                gains = (history.objective[:-look:look] - history.objective[look::look]) / look
-                done = np.flatnonzero(gains < solver.tolerance)
-                stop = (done[0] + 1) * look if done.size else steps
                 paths[name].append(path)
-                stops[name].append((stop, path[stop // EVERY]))
+                stopped = f2pad_jax.history(detector, image, settings=own, every=steps)
+                stops[name].append((int(stopped.steps[-1]), iou(stopped.masks[-1], truth)))
             jax.clear_caches()  # each program takes memory maps, of which there are few
             print(f"  {folder.name} {name}: {np.mean(paths[name][-len(defects) :], axis=0)[::10].round(3)}", flush=True)
     means = {name: np.mean(values, axis=0) for name, values in paths.items()}
