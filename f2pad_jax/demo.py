@@ -13,18 +13,18 @@ from f2pad_jax.backbones import load_backbone
 from f2pad_jax.checkpoints import write_atomically
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.textures import NAMES, Texture, load_texture
-from f2pad_jax.detectors.base import Progress
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
 from f2pad_jax.evaluation.pictures import gallery, overlay
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.refine import refine
 from f2pad_jax.timing import compile_seconds
 from f2pad_jax.window import Refined
 
 
 def run_demo(
-    out: Path, *, seed: int = 0, names: tuple[str, ...] = NAMES, num_test: int = 4, progress: Progress = lambda *_: None
+    out: Path, *, seed: int = 0, names: tuple[str, ...] = NAMES, num_test: int = 4, progress: Progress = silent
 ) -> dict[str, Any]:
     """Fit a PatchCore per texture, refine its coarse masks, write ``gallery.png`` and ``summary.json`` into ``out``.
 

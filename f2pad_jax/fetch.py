@@ -7,7 +7,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,7 @@ from f2pad_jax import checkpoints
 from f2pad_jax.backbones import NETWORKS, canonical_name
 from f2pad_jax.backbones.conversion import convert
 from f2pad_jax.errors import CheckpointError
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, bytes done, bytes in all or 0 where unknown)."""
+from f2pad_jax.progress import Progress, silent
 
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
@@ -52,11 +50,11 @@ def describe(source: dict) -> str:
             return source["url"]
 
 
-def fetch(name: str, progress: Progress = lambda stage, done, total: None) -> Path:
+def fetch(name: str, progress: Progress = silent) -> Path:
     """Download the original weights of a network, check them, convert them into the cache; returns the converted file.
 
-    An interrupted download goes on where it stopped. A file brought by hand is used instead, once it lies where the message
-    of a failed download says.
+    An interrupted download (``progress`` counts its bytes) goes on where it stopped. A file brought by hand is used
+    instead, once it lies where the message of a failed download says.
 
     Raises:
         CheckpointError: unknown name, no network, or a file that is damaged or not the network's.

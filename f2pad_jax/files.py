@@ -11,8 +11,9 @@ import numpy as np
 import f2pad_jax
 from f2pad_jax.checkpoints import file_sha256, write_atomically
 from f2pad_jax.data.images import read_image, state_of, write_png
-from f2pad_jax.detectors.base import AbstractDetector, Progress
+from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.evaluation.pictures import overlay
+from f2pad_jax.progress import Progress
 from f2pad_jax.refine import refine_many
 from f2pad_jax.solvers import Outcome
 from f2pad_jax.window import Refined

@@ -13,9 +13,8 @@ from f2pad_jax.objective import Problem
 from f2pad_jax.region import filled, opened, reached
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
+from f2pad_jax.units import Scalar
 from f2pad_jax.views import scaled
-
-Scalar = float | Float[Array, ""]
 
 
 class Evidence(NamedTuple):

@@ -11,9 +11,8 @@ from f2pad_jax.detectors.base import AbstractDetector, Where
 from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.prior import PixelPrior
 from f2pad_jax.region import affected_positions
+from f2pad_jax.units import Scalar
 from f2pad_jax.views import View
-
-Scalar = float | Float[Array, ""]
 
 
 class Weights(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Scalar = float | Float[Array, ""]
+from f2pad_jax.units import Scalar
 
 
 class AbstractPenalty(eqx.Module):

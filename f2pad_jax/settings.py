@@ -1,13 +1,12 @@
 """Every constant of the method in one place: the paper's value beside ours, and the reason where they differ."""
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from f2pad_jax.masks import AbstractDecision, Mixture, Residual
 from f2pad_jax.penalties import AbstractPenalty, Log
 from f2pad_jax.solvers import AbstractSolver, Descent, Sharing
-
-Scalar = float | Float[Array, ""]
+from f2pad_jax.units import Scalar
 
 
 class Settings(eqx.Module):

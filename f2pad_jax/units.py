@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Shaped
 
 from f2pad_jax.errors import ImageError
 
+Scalar = float | Float[Array, ""]
+"""A number, traced or not."""
+
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 LOWEST, HIGHEST = (0 - MEAN) / STD, (1 - MEAN) / STD

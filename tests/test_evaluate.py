@@ -14,11 +14,11 @@ from f2pad_jax.cli import main
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.data.textures import load_texture
-from f2pad_jax.detectors.base import silent
 from f2pad_jax.detectors.fit import Trial
 from f2pad_jax.evaluation import metrics
 from f2pad_jax.evaluation.evaluate import FULL, Case, _generated, _training, evaluate, load_images, summarise
 from f2pad_jax.evaluation.tables import GROUPS, write_tables
+from f2pad_jax.progress import silent
 
 SIZE = 96
 COLUMNS = "category method backbone protocol setting variant images iou dice coarse_iou coarse_dice steps seconds_per_image"

@@ -23,11 +23,11 @@ from f2pad_jax.data.cutpaste import Defective, blended, irregular_shape, paste_f
 from f2pad_jax.data.images import read_image, write_png
 from f2pad_jax.data.mvtec import Category, open_categories, read_mask
 from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.units import STD
 
 Image = Float[np.ndarray, "h w 3"]
 Mask = Bool[np.ndarray, "h w"]
-Progress = Callable[[str, int, int], None]
 
 AREA = (0.002, 0.13)
 """Share of the image a defect covers; 0.13 is the paper's largest."""
@@ -63,7 +63,7 @@ def make_dataset(
     size: tuple[int, int] = (224, 224),
     seed: int = 0,
     lenders: list[str] | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Path:
     """Write a data set of synthetic defects and ``manifest.json``; returns the manifest's path.
 
@@ -157,9 +157,7 @@ def _begun(out: Path, manifest: dict[str, Any], categories: list[str]) -> Path:
     return draft
 
 
-def rebuild_dataset(
-    manifest: str | Path, root: str | Path, out: str | Path, *, progress: Progress = lambda *_: None
-) -> Path:
+def rebuild_dataset(manifest: str | Path, root: str | Path, out: str | Path, *, progress: Progress = silent) -> Path:
     """Make the data set of a manifest again from the same files, and check that every pixel is the same.
 
     Raises:

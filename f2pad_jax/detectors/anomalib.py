@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from f2pad_jax.backbones import BACKBONES, canonical_name, load_backbone
-from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress, silent
+from f2pad_jax.detectors.base import AbstractDetector, NormalImages
 from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
 from f2pad_jax.detectors.fit import calibrate
 from f2pad_jax.detectors.padim import Full, PaDiM, by_layer
 from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import CheckpointError, ImageError
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.torchfile import read_training_checkpoint
 
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, np.linalg.LinAlgError)

@@ -1,7 +1,7 @@
 """What F2PAD needs of a detector, and the coarse map every detector shares."""
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -14,19 +14,12 @@ from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import ImageError
 from f2pad_jax.prior import PixelPrior
+from f2pad_jax.progress import Progress
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.units import denormalise, normalise, resized, to_unit
 
 Where = Any
 """What a detector needs to know about one window, as a pytree of arrays: positions, candidates, statistics."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total); what follows a comma in the stage, such as a loss, changes from call to call."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress nobody asked to be told."""
-
 
 ORIGIN = np.zeros(2, np.int32)
 """The corner of a window that is the whole image."""

@@ -16,8 +16,9 @@ from scipy.stats import special_ortho_group
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.checkpoints import content_checksum, read_safetensors, write_safetensors
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, extract, silent
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, extract
 from f2pad_jax.errors import CheckpointError, OptionError
+from f2pad_jax.progress import Progress, silent
 
 CONDITION = 128
 """Channels of the position encoding."""

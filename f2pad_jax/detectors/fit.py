@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Shaped, UInt16
 
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, Progress, half_height, silent
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, half_height
 from f2pad_jax.errors import ImageError
 from f2pad_jax.evaluation.metrics import best_threshold
 from f2pad_jax.prior import fit_prior
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.units import denormalise, normalise
 
 MAX_HELD_OUT = 32

@@ -17,12 +17,11 @@ from f2pad_jax.detectors.base import (
     AbstractDetector,
     Calibration,
     NormalImages,
-    Progress,
     coarse_map,
     extract,
-    silent,
 )
 from f2pad_jax.errors import OptionError
+from f2pad_jax.progress import Progress, silent
 
 REGULARISER = 0.01
 """Added to every variance."""

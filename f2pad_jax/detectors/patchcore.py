@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 from scipy.spatial.distance import cdist
 
 from f2pad_jax.backbones import Backbone
-from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, Progress, coarse_map, extract, silent
+from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, coarse_map, extract
 from f2pad_jax.errors import OptionError
+from f2pad_jax.progress import Progress, silent
 
 BLOCK = 512
 """Positions handled at a time by the neighbour searches; bounds their memory."""

@@ -18,7 +18,7 @@ from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import open_category
 from f2pad_jax.data.textures import TEXTURES, load_texture
 from f2pad_jax.detectors import DETECTORS
-from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
+from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import OptionError
 from f2pad_jax.evaluation.evaluate import deep_as_the_file
@@ -26,6 +26,7 @@ from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose
 from f2pad_jax.lanes import MOST_LANES, decide, each, enter
 from f2pad_jax.objective import Problem
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.refine import refine_many
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import AbstractSolver, Descent

@@ -28,13 +28,14 @@ from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import RESIZING, Category, Sample, open_categories, spread
 from f2pad_jax.data.textures import TEXTURES, write_textures
 from f2pad_jax.detectors import DETECTORS
-from f2pad_jax.detectors.base import AbstractDetector, Progress, silent
+from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import DepthError, ImageError, OptionError
 from f2pad_jax.evaluation import metrics, peers
 from f2pad_jax.history import history
 from f2pad_jax.inpaint import in_full
 from f2pad_jax.models import load_detector, save_detector
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.refine import refine_many
 from f2pad_jax.settings import Settings
 from f2pad_jax.solvers import Descent

@@ -10,10 +10,11 @@ import numpy as np
 
 from f2pad_jax.data.cutpaste import Defective
 from f2pad_jax.data.dataset import PROTOCOLS, Sources, shows_objects
-from f2pad_jax.detectors.base import AbstractDetector, NormalImages, Progress, silent
+from f2pad_jax.detectors.base import AbstractDetector, NormalImages
 from f2pad_jax.detectors.fit import Trial, sampled_pixels, with_calibration
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.prior import PixelPrior, fit_prior
+from f2pad_jax.progress import Progress, silent
 from f2pad_jax.refine import refine
 from f2pad_jax.settings import Settings
 

@@ -12,9 +12,7 @@ from f2pad_jax.objective import Problem, norm
 from f2pad_jax.solvers.adan import ScaleByAdanState, scale_by_adan
 from f2pad_jax.solvers.loop import AbstractSolver, State, start
 from f2pad_jax.solvers.sharing import GradientSharing, Sharing
-from f2pad_jax.units import HIGHEST, LOWEST
-
-Scalar = float | Float[Array, ""]
+from f2pad_jax.units import HIGHEST, LOWEST, Scalar
 
 
 class Memory(NamedTuple):
