@@ -56,7 +56,7 @@ def main() -> None:
                 path = np.array([iou(mask, truth) for mask in history.masks])
                 path = np.pad(path, (0, steps // EVERY + 1 - len(path)), "edge")  # where it became non-finite
                 paths[name].append(path)
-                stopped = f2pad_jax.history(detector, image, settings=own, every=steps)
+                stopped = f2pad_jax.history(detector, image, settings=own, every=EVERY)
                 stops[name].append((int(stopped.steps[-1]), iou(stopped.masks[-1], truth)))
             jax.clear_caches()  # each program takes memory maps, of which there are few
             print(f"  {folder.name} {name}: {np.mean(paths[name][-len(defects) :], axis=0)[::10].round(3)}", flush=True)

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
+from f2pad_jax.units import Scalar
+
 WINDOWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 """Sides of the square windows solved in; the whole image where none holds the region. A step costs in proportion to the
 area; each side in use is one more program to compile, and takes memory maps, of which a process has few."""
@@ -68,9 +70,7 @@ def filled(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
     return ~reached(border, ~mask)
 
 
-def suspect_region(
-    excess: Float[Array, "h w"], threshold: float | Float[Array, ""], spill: float | Float[Array, ""], dilation: int
-) -> Bool[Array, "h w"]:
+def suspect_region(excess: Float[Array, "h w"], threshold: Scalar, spill: Scalar, dilation: int) -> Bool[Array, "h w"]:
     """The pixels to optimise: m0 dilated (paper, Section III-E2), its holes filled, and what around it stands out less.
 
     Departures: holes are filled, since coarse maps are often rings around large defects; and pixels above ``spill``, where

@@ -8,7 +8,7 @@ from f2pad_jax.data.images import write_png
 from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import Trial
 from f2pad_jax.evaluation import tune as tuning
-from f2pad_jax.evaluation.tune import GAIN, is_gain, standard_error, synthetic_defects, trials_table
+from f2pad_jax.evaluation.tune import GAIN, is_gain, synthetic_defects, trials_table
 
 SIZE = (64, 64)
 
@@ -80,5 +80,6 @@ def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_pa
 )
 def test_a_gain_counts_beyond_its_standard_error(gains, counts):
     gains = np.asarray(gains)
-    assert standard_error(gains) == pytest.approx(sem(gains))
-    assert is_gain(float(gains.mean()), standard_error(gains)) is counts
+    error = float(sem(gains))
+    assert error == pytest.approx(gains.std(ddof=1) / np.sqrt(len(gains)))
+    assert is_gain(float(gains.mean()), error) is counts

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import sem
 
 from f2pad_jax.data.cutpaste import Defective
 from f2pad_jax.data.dataset import PROTOCOLS, Sources, shows_objects
@@ -83,11 +84,11 @@ def tune(
     def measure(choice: Choice, count: int) -> np.ndarray:
         """IoU of the first ``count`` defects. One shape of prior for all: the solver is compiled once."""
         values = measured.setdefault(choice, [])
-        prior = jax.tree.map(
-            lambda leaf: np.resize(leaf, (max(COMPONENTS), *leaf.shape[1:])), prior_of(choice.num_components)
-        )
         while len(values) < count:
             progress("tuning", len(measured) - 1, total)
+            prior = jax.tree.map(
+                lambda leaf: np.resize(leaf, (max(COMPONENTS), *leaf.shape[1:])), prior_of(choice.num_components)
+            )
             heat = defects[len(values) : len(values) + HEAT]
             images = np.stack([defect.image for defect in heat])
             masks = np.asarray(refine(with_choice(choice, prior), images, settings=SHORT).mask)
@@ -108,7 +109,7 @@ def tune(
         for value in values[1:]:
             challenger = best._replace(**{name: value})
             gains = race(challenger, best)
-            mean, error = float(gains.mean()), standard_error(gains)
+            mean, error = float(gains.mean()), float(sem(gains))
             trials.append(Trial(*challenger, float(np.mean(measured[challenger])), len(gains), mean, error, False))
             if is_gain(mean, error):
                 best = challenger
@@ -120,11 +121,6 @@ def tune(
 def is_gain(mean: float, error: float) -> bool:
     """Whether a gain is large enough to count, and beyond chance."""
     return mean >= GAIN and mean > error
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of their mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 SHORT = Settings(restore_steps=0)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.detectors.base import Where
 from f2pad_jax.objective import Problem, norm
+from f2pad_jax.units import Scalar
 
 
 class Outcome(enum.IntEnum):
@@ -69,14 +70,14 @@ class Solution(NamedTuple):
 class AbstractSolver(eqx.Module):
     """A way to minimise Eq. (12): a pytree of its constants with four methods, of which the last two have a default."""
 
-    learning_rate: eqx.AbstractVar[float | Float[Array, ""]]
+    learning_rate: eqx.AbstractVar[Scalar]
     """Scale of the steps."""
-    tolerance: eqx.AbstractVar[float | Float[Array, ""]]
+    tolerance: eqx.AbstractVar[Scalar]
     """Converged when the objective falls by less than this a step."""
-    settled: eqx.AbstractVar[float | Float[Array, ""]]
+    settled: eqx.AbstractVar[Scalar]
     """Converged, too, when of the pixels that stand out in a less than this share comes or goes a step; 0: never."""
 
-    def at_rate(self, learning_rate: float | Float[Array, ""]) -> "AbstractSolver":
+    def at_rate(self, learning_rate: Scalar) -> "AbstractSolver":
         """The same solver with another learning rate."""
         return eqx.tree_at(lambda solver: solver.learning_rate, self, learning_rate)
 
@@ -103,7 +104,7 @@ class AbstractSolver(eqx.Module):
         is_settled = (problem.weights.beta > 0) & jnp.isfinite(fall) & (change / num_steps < self.settled)
         return (fall < self.tolerance) | is_settled
 
-    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: float | Float[Array, ""]) -> Bool[Array, "h w"]:
+    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Bool[Array, "h w"]:
         """The anomalous pixels of a solution (Eq. 2), where |a| exceeds ``tau``."""
         return problem.region & (jnp.linalg.norm(problem.x - n, axis=-1) > tau)
 

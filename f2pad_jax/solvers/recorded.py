@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.objective import Problem, Terms
 from f2pad_jax.solvers.loop import AbstractSolver, State
+from f2pad_jax.units import Scalar
 
 
 class Record(NamedTuple):
@@ -36,17 +37,17 @@ class Recorded(AbstractSolver):
     """Steps from one n that is kept to the next, static."""
 
     @property
-    def learning_rate(self) -> float | Float[Array, ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def learning_rate(self) -> Scalar:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The solver's."""
         return self.solver.learning_rate
 
     @property
-    def tolerance(self) -> float | Float[Array, ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def tolerance(self) -> Scalar:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The solver's."""
         return self.solver.tolerance
 
     @property
-    def settled(self) -> float | Float[Array, ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def settled(self) -> Scalar:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The solver's."""
         return self.solver.settled
 
@@ -79,7 +80,7 @@ class Recorded(AbstractSolver):
         """As the solver says."""
         return self.solver.terminate(problem, _inner(before), _inner(after), num_steps)
 
-    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: float | Float[Array, ""]) -> Bool[Array, "h w"]:
+    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Bool[Array, "h w"]:
         """As the solver says."""
         return self.solver.postprocess(problem, n, tau)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from f2pad_jax.units import Scalar
+
 
 class GradientSharing(eqx.Module):
     """Eq. (13): each pixel's direction is the weighted mean of its neighbours' gradients."""
@@ -38,7 +40,7 @@ class Sharing(eqx.Module):
     """k_s, pixels, static. Paper: 5."""
     sigma0: float = eqx.field(static=True, default=1.1)
     """Spatial scale, pixels², static. Paper: 1.1."""
-    sigma1: float | Float[Array, ""] = 3.0
+    sigma1: Scalar = 3.0
     """Colour scale, squared normalised intensity. Paper: 3.0."""
     cutoff: float = eqx.field(static=True, default=2e-4)
     """Taps of smaller spatial weight are dropped (29 of 121 stay), static. Paper: 0, keeps all."""
