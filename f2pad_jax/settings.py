@@ -1,6 +1,7 @@
 """Every constant of the method in one place: the paper's value beside ours, and the reason where they differ."""
 
 import equinox as eqx
+import wadler_lindig
 from jaxtyping import Array, Int
 
 from f2pad_jax.masks import AbstractDecision, Mixture, Residual
@@ -34,7 +35,7 @@ class Settings(eqx.Module):
     max_steps: int | Int[Array, ""] = 150
     """Most steps; rounded up to a multiple of ``steps_per_check``. Paper: 1200."""
     steps_per_check: int = eqx.field(static=True, default=10)
-    """Steps between looks at the stopping rule and at the detector's candidates, static. Paper: 1."""
+    """Steps between looks at the stopping rules and at the detector's candidates, static. Paper: 1."""
 
     # region and mask
     dilation: int = eqx.field(static=True, default=6)
@@ -52,6 +53,10 @@ class Settings(eqx.Module):
     no noise. Paper: that of the first solve."""
     restore_steps: int | Int[Array, ""] = 50
     """Most steps of the re-estimation of n with β = 0 inside the mask; 0 leaves the first guess. Paper: to convergence."""
+
+    def described(self) -> str:
+        """Every constant with its value, in a line, to be kept with results."""
+        return wadler_lindig.pformat(self, width=10**6, hide_defaults=False)
 
     @staticmethod
     def paper(*, alpha1: Scalar = 0.01, beta0: Scalar = 3000.0) -> "Settings":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from f2pad_jax import ImageError, OptionError
+from f2pad_jax import ImageError, Mixture, OptionError, Settings
 from f2pad_jax.cli import main
 from f2pad_jax.data.images import write_png
 from f2pad_jax.data.mvtec import open_category
@@ -200,9 +200,13 @@ def interrupt(stage, done, total):
         raise KeyboardInterrupt
 
 
-def test_another_seed_is_another_run(root, out):
-    with pytest.raises(ImageError, match="another size, seed or tuning"):
+def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkeypatch):
+    another = pytest.raises(ImageError, match="holds a run with another size, seed, tuning, inpainter or settings")
+    with another:
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
+    monkeypatch.setattr("f2pad_jax.evaluation.evaluate.Settings", lambda: Settings(decision=Mixture(faint=0.1)))
+    with another:
+        evaluate(root, out, protocols=["real"], size=(SIZE, SIZE))
 
 
 def test_generated_defects_are_made_once(root, tmp_path):

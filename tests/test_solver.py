@@ -101,7 +101,8 @@ def test_it_stops_when_little_is_gained(problem):
 
 
 def test_it_stops_when_the_pixels_that_stand_out_no_longer_change(problem):
-    """Long before the objective does: inside the patch n goes on to change. Not where there is no sparsity."""
+    """Long before the objective does: inside the patch n goes on to change. Not where there is no sparsity, nor from one
+    step to the next."""
     n0 = jnp.where(problem.region[..., None], 0.0, problem.x)
     patch = np.zeros((24, 24), bool)
     patch[8:14, 9:17] = True
@@ -114,6 +115,7 @@ def test_it_stops_when_the_pixels_that_stand_out_no_longer_change(problem):
     for endless in (
         solve(Descent(tolerance=-jnp.inf, settled=0.0), problem, n0, max_steps=100),
         solve(Descent(tolerance=-jnp.inf), problem.with_beta(0.0), n0, max_steps=100),
+        solve(Descent(tolerance=-jnp.inf), problem, n0, max_steps=100, steps_per_check=1),
     ):
         assert endless.outcome == Outcome.STEP_LIMIT
 

@@ -74,6 +74,7 @@ def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_pa
         ([0.02] * 4, True),
         ([0.004] * 4, False),  # less than counts
         ([0.08, 0.0, 0.0, 0.0], False),  # one defect's
+        ([0.18] + [0.0] * 15, False),  # of which the mean is a rounding error above its standard error
         ([0.08, 0.08, 0.0, 0.0], True),
         ([0.2, 0.2, -0.15, -0.15], False),
     ],

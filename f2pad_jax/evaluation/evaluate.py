@@ -32,6 +32,7 @@ from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.fit import fit
 from f2pad_jax.errors import DepthError, ImageError, OptionError
 from f2pad_jax.evaluation import metrics, peers
+from f2pad_jax.evaluation import tune as tuning
 from f2pad_jax.history import history
 from f2pad_jax.inpaint import in_full
 from f2pad_jax.models import load_detector, save_detector
@@ -170,6 +171,7 @@ def evaluate(
                     case = Case(category.name, method, backbone, protocol, setting)
                     asked = dataclasses.asdict(case)
                     asked |= {"size": list(size), "seed": seed, "tune": tune, "inpainter": inpainter}
+                    asked |= {"settings": Settings().described()}
                     _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())
@@ -215,7 +217,9 @@ def _run(
     size = tuple(asked["size"])
     file = folder / "case.json"
     if file.exists() and (there := json.loads(file.read_text())) | asked != there:
-        raise ImageError(f"{folder}: holds a run with another size, seed or tuning, or inpainter; choose another folder")
+        raise ImageError(
+            f"{folder}: holds a run with another size, seed, tuning, inpainter or settings; choose another folder"
+        )
     defective = spread([sample for sample in category.test if sample.mask is not None], images or None)
     samples = defective + spread([sample for sample in category.test if sample.mask is None], images or None)
     missing = {sample.name: [v for v in (FULL, *ablations) if v not in _variants(folder, sample)] for sample in samples}
@@ -260,7 +264,10 @@ def _fitted(
 ) -> tuple[AbstractDetector, dict[str, Any]]:
     """The case's detector, and what is to be told of its fit."""
     train = _training(case, category, asked["seed"])
-    recipe = hashlib.sha256(json.dumps([asked[key] for key in ("size", "seed", "tune")]).encode())
+    depends = [asked["size"], asked["seed"], asked["tune"]]
+    if asked["tune"]:
+        depends += [asked["inpainter"], tuning.recipe()]
+    recipe = hashlib.sha256(json.dumps(depends).encode())
     for path in train:
         recipe.update(file_sha256(path).encode())
     stem = "-".join((case.setting, case.category, case.method, case.backbone, recipe.hexdigest()[:8]))

@@ -61,7 +61,8 @@ class Descent(AbstractSolver):
     tolerance: Scalar = 0.05
     """Converged when the objective falls by less than this a step. Paper: 0.05, PaDiM 0.1, at an unstated scale."""
     settled: Scalar = 0.0015
-    """Converged, too, when of the pixels that stand out in a less than this share comes or goes a step. Paper: none, 0."""
+    """Converged, too, when of the pixels that stand out in a less than this share comes or goes a step; not asked without
+    sparsity, nor at looks less than five steps apart. Paper: none, 0."""
 
     def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
         """n0 inside the region, x outside; the weights of Eq. (14)."""
