@@ -38,8 +38,8 @@ def refine_files(
         progress: called as (stage, done, total).
     """
     began, partial = time.perf_counter(), out / "results.partial"
-    recipe = {"version": f2pad_jax.__version__, "model": str(model), "sha256": file_sha256(model), **recipe}
-    recipe |= {"settings": f2pad_jax.Settings().described()}
+    made_by = {"version": f2pad_jax.__version__, "settings": f2pad_jax.Settings().described()}
+    recipe = {**made_by, "model": str(model), "sha256": file_sha256(model), **recipe}
     done = _kept(partial, recipe)
     waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != state_of(task[0])]
     progress("refining", len(tasks) - len(waiting), len(tasks))

@@ -56,7 +56,7 @@ class Settings(eqx.Module):
 
     def described(self) -> str:
         """Every constant with its value, in a line, to be kept with results."""
-        return wadler_lindig.pformat(self, width=10**6, hide_defaults=False)
+        return wadler_lindig.pformat(self, width=10**6, hide_defaults=False, short_arrays=False)
 
     @staticmethod
     def paper(*, alpha1: Scalar = 0.01, beta0: Scalar = 3000.0) -> "Settings":

@@ -158,9 +158,16 @@ def evaluate(
         for name in asked:
             if name not in there:
                 raise OptionError(f"{what} '{name}' is unknown; there are {', '.join(there)}")
-    root, out, inpainter = Path(root), Path(out), in_full(None)
+    root, out = Path(root), Path(out)
     if str(root) == TEXTURES and not root.exists():
         root = write_textures(out / "data" / TEXTURES)
+    of_all = {
+        "size": list(size),
+        "seed": seed,
+        "tune": tune,
+        "inpainter": in_full(None),
+        "settings": Settings().described(),
+    }
     for protocol in protocols:
         data = root if protocol == REAL else out / "data" / protocol
         if protocol != REAL:
@@ -169,9 +176,7 @@ def evaluate(
             for setting in settings:
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
-                    asked = dataclasses.asdict(case)
-                    asked |= {"size": list(size), "seed": seed, "tune": tune, "inpainter": inpainter}
-                    asked |= {"settings": Settings().described()}
+                    asked = dataclasses.asdict(case) | of_all
                     _run(case, category, out / "runs" / case.folder, asked, weights, ablations, images, curves, progress)
     records = [record for folder in sorted((out / "runs").iterdir()) for record in summarise(folder)]
     write_atomically(out / "results.json", json.dumps(records, indent=1).encode())

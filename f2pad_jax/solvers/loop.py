@@ -67,6 +67,10 @@ class Solution(NamedTuple):
     """The solver's own, after the last step."""
 
 
+FEW_STEPS = 5
+"""In fewer, it may be by chance that no pixel comes or goes."""
+
+
 class AbstractSolver(eqx.Module):
     """A way to minimise Eq. (12): a pytree of its constants with four methods, of which the last two have a default."""
 
@@ -110,10 +114,6 @@ class AbstractSolver(eqx.Module):
     def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Bool[Array, "h w"]:
         """The anomalous pixels of a solution (Eq. 2), where |a| exceeds ``tau``."""
         return problem.region & (jnp.linalg.norm(problem.x - n, axis=-1) > tau)
-
-
-FEW_STEPS = 5
-"""In fewer, it may be that no pixel comes or goes by chance."""
 
 
 def outstanding(problem: Problem, n: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
