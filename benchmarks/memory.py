@@ -1,10 +1,12 @@
 """Memory against the number of images: ``python benchmarks/memory.py FOLDER [--weights FILE] [--images N]``.
 
 FOLDER is in MVTec layout. ``refine_many`` with PatchCore goes through its training images over and over, every twentieth
-image being one of its defects, a few steps each. Printed: the most memory of the process after 50 images and after all, and
-what one more lane of each window takes.
+image being one of its defects, a few steps each; before that, once through the defects, so that the programs for all their
+windows are there. Printed: the most memory of the process after those, after 50 images and after all, and what a lane of
+each window takes.
 """
 
+import functools
 import itertools
 import resource
 import time
@@ -34,13 +36,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     category, detector = fitted(arguments.folder, arguments)
-    defects = itertools.cycle([sample.path for sample in category.test if sample.mask])
-    good = itertools.cycle(category.train)
+    defective = [sample.path for sample in category.test if sample.mask]
+    defects, good = itertools.cycle(defective), itertools.cycle(category.train)
     source = (next(defects) if k % 20 == 10 else next(good) for k in range(arguments.images))
-    short = Settings(max_steps=20, restore_steps=10)
+    many = functools.partial(
+        f2pad_jax.refine_many, detector, settings=Settings(max_steps=20, restore_steps=10), inpaint="exemplar"
+    )
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; fitted: {peak():.2f} GiB", flush=True)
+    began = time.perf_counter()
+    print(f"{sum(1 for _ in many(defective))} defects: {peak():.2f} GiB, {time.perf_counter() - began:.0f} s", flush=True)
     began, refined = time.perf_counter(), 0
-    for k, result in enumerate(f2pad_jax.refine_many(detector, source, settings=short, inpaint="exemplar"), 1):
+    for k, result in enumerate(many(source), 1):
         refined += bool(result.mask.any())
         if k in (50, 200, arguments.images):
             print(

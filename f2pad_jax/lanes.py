@@ -77,9 +77,11 @@ class Lane(eqx.Module):
     def advanced(self, detector: AbstractDetector, settings: Settings) -> "Lane":
         """Some steps further, unless it is done."""
         solver = settings.solver.at_rate(self.learning_rate)
-        further = advance(solver, self.posed(detector), self.iterate, settings.steps_per_check)
-        kept = jax.tree.map(lambda a, b: jnp.where(self.going, a, b), further, self.iterate)
-        return dataclasses.replace(self, iterate=kept)
+
+        def further() -> Iterate:
+            return advance(solver, self.posed(detector), self.iterate, settings.steps_per_check)
+
+        return dataclasses.replace(self, iterate=jax.lax.cond(self.going, further, lambda: self.iterate))
 
     @property
     def alone(self) -> bool:
@@ -252,8 +254,15 @@ class Bucket:
 
 
 def each(function: Callable, alone: bool) -> Callable:
-    """The function for every lane, which a bucket of one has no axis of."""
-    return function if alone else jax.vmap(function)
+    """The function for every lane, which a bucket of one has no axis of.
+
+    For all at once; on a CPU, where that is slower, one after another: so each gets what it gets alone, to the last bit.
+    """
+    if alone:
+        return function
+    if jax.default_backend() == "cpu":
+        return lambda *lanes: jax.lax.map(lambda lane: function(*lane), lanes)
+    return jax.vmap(function)
 
 
 def stacked(trees: Sequence[Any], alone: bool) -> Any:

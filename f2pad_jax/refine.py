@@ -45,8 +45,8 @@ def refine(
         inpaint: what makes the first guess n0: ``"mae"`` (the paper's), ``"exemplar"``, ``"harmonic"`` or any callable of
             (normalised image, region), a pytree or a function. Default: ``"mae"`` where a masked autoencoder's weights are
             installed and this is no trace, else ``"exemplar"``; the result says which.
-        lanes: parts of images solved side by side; default: 1 on each core of a CPU, elsewhere as many as the device has
-            memory for, 64 at most (inside a transform 1 and 16).
+        lanes: parts of images solved side by side; default: 1 on each core of a CPU, where more are worked at one after
+            another, elsewhere as many as the device has memory for, 64 at most (inside a transform 1 and 16).
         progress: called on the host as (done, total).
 
     Raises:
@@ -94,8 +94,8 @@ def refine_many(
 ) -> Iterator[Refined]:
     """Refine any number of images, on all devices, in bounded memory.
 
-    The same results as :func:`refine` gives with as many lanes, in the order of ``source``, each as soon as it and those
-    before it are there. Images are read, and results sent, while others are solved for.
+    The results of :func:`refine` (on an accelerator: with as many lanes), in the order of ``source``, each as soon as it
+    and those before it are there. Images are read, and results sent, while others are solved for.
 
     Args:
         detector: a fitted detector.

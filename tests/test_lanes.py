@@ -49,8 +49,17 @@ def test_in_any_order_each_image_gets_what_it_gets_alone(detector, images, alone
     assert results[1].outcome == Outcome.NOTHING_TO_REFINE
 
 
-def test_several_lanes_give_the_same_whatever_their_neighbours(detector, images, alone):
-    first, second = (list(refine_many(detector, [images[i] for i in order], settings=SHORT, lanes=2)) for order in ORDERS)
+def test_several_lanes_give_the_same_as_one_whatever_their_neighbours(detector, images, alone):
+    for order in ORDERS:
+        results = refine_many(detector, [images[i] for i in order], settings=SHORT, lanes=2)
+        for i, result in zip(order, results, strict=True):
+            assert_same(result, alone[i])
+
+
+def test_lanes_at_once_as_on_an_accelerator(detector, images, alone, monkeypatch):
+    monkeypatch.setattr(lanes_module, "each", lambda function, alone: function if alone else jax.vmap(function))
+    # three, which no other test has traced
+    first, second = (list(refine_many(detector, [images[i] for i in order], settings=SHORT, lanes=3)) for order in ORDERS)
     for i in range(len(images)):
         one, other = first[ORDERS[0].index(i)], second[ORDERS[1].index(i)]
         assert_same(one, other)
