@@ -9,7 +9,6 @@ DIR; what is there is not run again, and an interrupted flow goes on where it st
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from fitted import peak
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import f2pad_jax
@@ -86,7 +86,7 @@ def run(folder: Path, method: str, network: str, shots: int, weights: str | None
         "threshold": threshold,
         "threshold_label_free": float(detector.calibrated.threshold),
         "fit_seconds": seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak(),
         "map_ms": 1000 * per_map,
         "losses": np.asarray(getattr(detector, "losses", np.zeros(0))).tolist(),
     }

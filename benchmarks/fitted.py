@@ -1,11 +1,17 @@
-"""What benchmarks of many images share: a PatchCore fitted to a folder in MVTec layout."""
+"""What benchmarks share: a PatchCore fitted to a folder in MVTec layout, images of it, and the memory taken."""
 
 import argparse
+import resource
 from pathlib import Path
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
 from f2pad_jax.data.mvtec import Category, Sample, open_category, spread
+
+
+def peak() -> float:
+    """GiB this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def command_line(doc: str, images: int) -> argparse.ArgumentParser:

@@ -7,14 +7,13 @@ until the slowest is done. Printed: images a second without compiling, seconds s
 process after each, the mean IoU, and how many masks differ from the first way's.
 """
 
-import resource
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fitted import command_line, defective_first, fitted
+from fitted import command_line, defective_first, fitted, peak
 
 import f2pad_jax
 from f2pad_jax.data.images import read_image
@@ -71,10 +70,9 @@ def main() -> None:
             first = first or masks
             right, alike = (list(map(iou, masks, others)) for others in (truths, first))
             steps = np.percentile([int(result.steps) for result in results], [0, 50, 100]).astype(int)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(
                 f"  {name:16} {len(images) / took:7.3f} images/s, IoU {np.mean(right):.3f}, steps {steps}, "
-                f"compiling {compiling:3.0f} s, {peak:.1f} GiB at most so far; "
+                f"compiling {compiling:3.0f} s, {peak():.1f} GiB at most so far; "
                 f"{sum(a < 1 for a in alike)} of {len(alike)} masks differ, IoU {np.mean(alike):.4f}",
                 flush=True,
             )

@@ -8,13 +8,12 @@ each window takes.
 
 import functools
 import itertools
-import resource
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from fitted import command_line, fitted
+from fitted import command_line, fitted, peak
 
 import f2pad_jax
 from f2pad_jax import Settings, region
@@ -23,11 +22,6 @@ from f2pad_jax.inpaint import choose
 from f2pad_jax.lanes import enter
 from f2pad_jax.units import resized, to_unit
 from f2pad_jax.window import Window, look
-
-
-def peak() -> float:
-    """GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ the process.
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fitted import peak
 
 import f2pad_jax
 from f2pad_jax.data.images import list_images, read_image
@@ -59,7 +59,7 @@ def main() -> None:
         f"{len(rows)} images of {size[0]}x{size[1]}: IoU coarse {coarse:.3f}, refined at"
         f" {detector.size[0]}x{detector.size[1]} and enlarged {small:.3f}, refined at full"
         f" size {native:.3f}; {fast:.1f} and {slow:.1f} s an image;"
-        f" peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        f" peak memory {peak():.1f} GiB"
     )
 
 

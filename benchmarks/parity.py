@@ -11,7 +11,6 @@ Default: all networks, one after another, largest last. Exits with 1 if an error
 """
 
 import gc
-import resource
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from fitted import peak
 
 from f2pad_jax.backbones import NETWORKS, canonical_name
 from f2pad_jax.inpaint import MAE
@@ -82,8 +82,7 @@ def main(names: list[str]) -> int:
             + f"{time.perf_counter() - start:>9.0f}",
             flush=True,
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.1f} GiB; {'failed: ' + ', '.join(failed) if failed else 'all agree'}")
+    print(f"peak memory {peak():.1f} GiB; {'failed: ' + ', '.join(failed) if failed else 'all agree'}")
     return bool(failed)
 
 
