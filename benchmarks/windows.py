@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import f2pad_jax
 from f2pad_jax import Descent, Settings
 from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.region import WINDOWS, divided
+from f2pad_jax.region import WINDOWS, divided, own_size
 from f2pad_jax.units import resized, to_unit
 from f2pad_jax.window import look, solve_window
 
@@ -30,7 +30,7 @@ PARTS = ("images", "areas", "resolutions")
 """What is measured, in this order."""
 
 
-def seconds(function, *arguments, turns: int = 2) -> tuple[float, object]:
+def seconds(function, *arguments, turns: int = 5) -> tuple[float, object]:
     """The fastest of some calls after one that compiles, and the result."""
     result = jax.block_until_ready(function(*arguments))
     times = []
@@ -92,13 +92,13 @@ def hundred_steps(detector: f2pad_jax.AbstractDetector, image: jax.Array, radius
     disc = np.hypot(*(np.mgrid[:h, :w] - np.array([h, w])[:, None, None] / 2)) < radius
     marked = eqx.tree_at(lambda c: (c.mask, c.region), coarse, (jnp.asarray(disc),) * 2)
     ((part, window),) = divided(disc, Settings().margin, detector.stride, WINDOWS)
-    times = []
-    for steps in (100, 200):
+    own, times = own_size(part, window, image.shape[:2], Settings().margin), []
+    for steps in (0, 100):
         settings = Settings(solver=Descent().endless(), max_steps=jnp.asarray(steps), restore_steps=jnp.asarray(0))
-        arguments = (detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window)
+        arguments = (detector, image, marked, jnp.asarray(part), settings, f2pad_jax.exemplar, window, own)
         times.append(seconds(_solve, *arguments)[0])
-    steps = times[1] - times[0]
-    return steps, times[0] - steps, window[0], float(disc.mean())
+    rest, both = times
+    return both - rest, rest, window[0], float(disc.mean())
 
 
 def resolutions(detector: f2pad_jax.AbstractDetector, train: list[np.ndarray]) -> None:

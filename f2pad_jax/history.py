@@ -131,11 +131,12 @@ def history(
         outcome, mask = Outcome(int(nothing.outcome)), np.asarray(nothing.mask)
         none, kept = np.zeros(0, np.float32), np.asarray(unit)
         return History(kept, none, dict.fromkeys(Terms._fields, none), np.zeros(1, int), kept[None], mask[None], outcome)
-    window = None
+    window, full = (region.shape[0], region.shape[1]), (unit.shape[0], unit.shape[1])
     if settings.margin is not None and detector.local:
         window = regions.window_size(region, settings.margin, detector.stride, regions.WINDOWS)
+    own = regions.own_size(region, window, full, settings.margin)
     limit = -(-int(settings.max_steps) // settings.steps_per_check) * settings.steps_per_check
-    solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, window, limit, every)
+    solution, objective, terms, n, masks = _solve(detector, unit, coarse, constants, inpaint, (window, own), limit, every)
     count = int(solution.steps)
     steps = np.append(np.arange(0, count, every), count)
     rows = np.append(np.arange(len(steps) - 1), len(n) - 1)
@@ -152,9 +153,9 @@ def history(
 
 @eqx.filter_jit
 def _solve(
-    detector, image, coarse: Coarse, settings: Settings, inpaint, size, limit: int, every: int
+    detector, image, coarse: Coarse, settings: Settings, inpaint, sizes, limit: int, every: int
 ) -> tuple[Solution, Array, Terms, Array, Array]:
-    s, w = settings, Window.around(detector, image, coarse, coarse.region, size)
+    s, w = settings, Window.around(detector, image, coarse, coarse.region, *sizes)
     problem, n0 = w.pose(detector, w.region, s, inpaint)
     solver = Recorded(solver=s.solver, max_steps=limit, every=every)  # pyright: ignore[reportCallIssue]
     solution = solve(solver, problem, n0, max_steps=s.max_steps, steps_per_check=s.steps_per_check)

@@ -425,11 +425,14 @@ class Lanes:
         if not region.any() or region.all():
             return [job]
         (device,) = coarse.x.devices()
+        full, margin = (image.shape[0], image.shape[1]), m.settings.margin
         # whole images fill an accelerator's lanes best
-        sides = regions.WINDOWS if device.platform == "cpu" and m.detector.local else ()
-        for part, size in regions.divided(region, m.settings.margin, m.detector.stride, sides):
-            window = m.call(_frame, m.detector, image, coarse, jnp.asarray(part), size)
-            self.buckets.setdefault((size, image.shape), Bucket(m)).queue.append(Part(job, window))
+        cpu = device.platform == "cpu"
+        sides = regions.WINDOWS if cpu and m.detector.local else ()
+        for part, size in regions.divided(region, margin, m.detector.stride, sides):
+            own = regions.own_size(part, size, full, margin if cpu else None)
+            window = m.call(_frame, m.detector, image, coarse, jnp.asarray(part), size, own)
+            self.buckets.setdefault((size, own, full), Bucket(m)).queue.append(Part(job, window))
             job.waiting += 1
         return []
 

@@ -14,7 +14,6 @@ from f2pad_jax.region import filled, opened, reached
 from f2pad_jax.smoothing import smoothed
 from f2pad_jax.solvers import AbstractSolver
 from f2pad_jax.units import Scalar
-from f2pad_jax.views import scaled
 
 
 class Evidence(NamedTuple):
@@ -173,7 +172,7 @@ def unexplained(evidence: Evidence, masks: Bool[Array, "k h w"]) -> tuple[Float[
 
     images = jnp.concatenate([problem.x[None], jnp.where(masks[..., None], n, problem.x)])
     in_all, around = (values[1:] / jnp.maximum(values[0], 1e-6) for values in jax.vmap(excess)(images))
-    return in_all, jax.vmap(lambda share: scaled(share, (masks.shape[1], masks.shape[2])))(around)
+    return in_all, jax.vmap(problem.view.back)(around)
 
 
 def tolerant_residual(x: Float[Array, "h w 3"], n: Float[Array, "h w 3"], radius: int) -> Float[Array, "h w"]:

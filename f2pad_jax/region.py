@@ -4,6 +4,7 @@ All but the choice of windows is array code: fixed shapes, no host, so it runs i
 """
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,27 @@ def window_size(region: Bool[np.ndarray, "h w"], margin: int, stride: int, sizes
 
     needed = max(along(0), along(1))
     return next(((s, s) for s in sorted(sizes) if needed <= s <= min(h, w) and s % stride == 0), (h, w))
+
+
+def own_size(
+    region: Bool[np.ndarray, "h w"], window: tuple[int, int], image: tuple[int, int], margin: int | None
+) -> tuple[int, int]:
+    """The sides of the box of an image's own pixels that n lives on: quarters of the window's, as few as hold the region.
+
+    On the host. ``region`` and ``window`` are at the detector's size, ``margin`` (None: the whole image) in pixels of the
+    image: what acts on them looks no farther than 8. At one size the box is the window.
+    """
+    if region.shape == image:
+        return window
+    if margin is None:
+        return image
+    quarters, count = [], 1
+    for axis in (0, 1):
+        scale, hits = image[axis] / region.shape[axis], np.flatnonzero(region.any(axis=1 - axis))
+        needed = scale * (np.ptp(hits) + 1 if hits.size else 0) + 2 * (margin + 1)  # and a pixel for rounding
+        quarters.append(math.ceil(scale * window[axis] / 4))
+        count = max(count, math.ceil(needed / quarters[axis]))
+    return min(count * quarters[0], image[0]), min(count * quarters[1], image[1])
 
 
 def divided(

@@ -1,6 +1,6 @@
-"""Windows of an image, and how the network sees the pixels n lives on: its own resize, restricted to a window."""
+"""Windows of an image, and how the network sees the pixels n lives on: through its resize of the whole image."""
 
-import math
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -25,46 +25,54 @@ class Box(eqx.Module):
 
 
 class View(eqx.Module):
-    """The part of a bilinear resize (antialiased when shrinking) that makes one window of the small image.
+    """What the network sees, through the bilinear resize (antialiased when shrinking), of an image of which one box varies.
 
-    Without matrices the network sees the image as it is.
+    Without matrices the network sees the box as it is.
     """
 
     rows: Float[Array, "_h _H"] | None = None
     columns: Float[Array, "_w _W"] | None = None
+    rest: Float[Array, "_h _w c"] | None = None
+    """What it sees of the image around the box."""
     share: float = eqx.field(static=True, default=1.0)
     """Pixels of the small image to one of the large."""
 
-    def __call__(self, image: Float[Array, "_H _W c"]) -> Float[Array, "_h _w c"]:
-        """What the network sees of a window of the image; linear, so that gradients pass."""
-        if self.rows is None or self.columns is None:
-            return image
-        return jnp.einsum("iI,jJ,IJc->ijc", self.rows, self.columns, image, precision="highest", optimize="optimal")
+    def __call__(self, box: Float[Array, "_H _W c"]) -> Float[Array, "_h _w c"]:
+        """The window of the small image, with these pixels in the box."""
+        return box if self.rest is None else self.rest + self.shrunk(box)
 
     def touched(self, mask: Bool[Array, "_H _W"]) -> Bool[Array, "_h _w"]:
         """The pixels that see any of the mask."""
-        return self(mask[..., None].astype(jnp.float32))[..., 0] > 1e-3
+        return mask if self.rest is None else self.shrunk(mask[..., None].astype(jnp.float32))[..., 0] > 1e-3
+
+    def back(self, values: Float[Array, "_h _w"]) -> Float[Array, "_H _W"]:
+        """Values of the window where the box's pixels are: of those that see a pixel, the mean by how much they do."""
+        if self.rows is None or self.columns is None:
+            return values
+        rows, columns = (matrix / jnp.maximum(jnp.sum(matrix, axis=0), 1e-6) for matrix in (self.rows, self.columns))
+        return jnp.einsum("iI,jJ,ij->IJ", rows, columns, values, precision="highest", optimize="optimal")
+
+    def shrunk(self, box: Float[Array, "_H _W c"]) -> Float[Array, "_h _w c"]:
+        """The box's own part of what is seen: linear."""
+        return jnp.einsum("iI,jJ,IJc->ijc", self.rows, self.columns, box, precision="highest", optimize="optimal")
 
 
-def view_of(box: Box, size: tuple[int, int], own: tuple[int, int]) -> tuple[Box, View]:
-    """The pixels of an image of size ``own`` that ``box`` of its resize to ``size`` depends on, and that resize.
+def view_of(box: Box, own: Box, small: Float[Array, "h w c"], large: Float[Array, "H W c"]) -> View:
+    """How ``box`` of an image's resize, ``small``, depends on the pixels of ``own``, a box of the image itself, ``large``.
 
-    The same box, seen as it is, where the image has the network's size. The resize is exact: a pixel of the window gets
-    what it would in a resize of the whole image.
+    With ``own``'s pixels as they are the network sees ``box`` of ``small``. Where both images have one size, both boxes are
+    one, which is seen as it is.
     """
-    if size == own:
-        return box, View()
-    starts, sides, matrices = [], [], []
-    for axis in (0, 1):
-        scale = own[axis] / size[axis]
-        reach = math.ceil(max(scale, 1.0)) + 1  # half the width of the resize's triangle, and rounding
-        side = min(math.ceil(box.size[axis] * scale) + 2 * reach, own[axis])
-        start = jnp.clip(jnp.floor(box.corner[axis] * scale).astype(jnp.int32) - reach, 0, own[axis] - side)
-        matrix = jax.image.resize(jnp.eye(own[axis]), (size[axis], own[axis]), "linear")
-        matrices.append(jax.lax.dynamic_slice(matrix, (box.corner[axis], start), (box.size[axis], side)))
-        starts.append(start)
-        sides.append(side)
-    return Box(jnp.stack(starts), (sides[0], sides[1])), View(*matrices, share=math.prod(size) / math.prod(own))
+    (h, w, _), (height, width, _) = small.shape, large.shape
+    if (h, w) == (height, width):
+        return View()
+    matrices = []
+    for axis, (shrunk, full) in enumerate(((h, height), (w, width))):
+        matrix = jax.image.resize(jnp.eye(full), (shrunk, full), "linear")
+        corner = box.corner[axis], own.corner[axis]
+        matrices.append(jax.lax.dynamic_slice(matrix, corner, (box.size[axis], own.size[axis])))
+    view = View(*matrices, share=h * w / (height * width))
+    return dataclasses.replace(view, rest=box.crop(small) - view.shrunk(own.crop(large)))
 
 
 def scaled(values: Float[Array, "h w *c"], size: tuple[int, int]) -> Float[Array, "h2 w2 *c"]:

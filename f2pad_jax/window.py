@@ -104,7 +104,7 @@ class Window(eqx.Module):
     box: Box
     """Where the network looks, in the image of the detector's size."""
     own: Box
-    """The same in the image itself."""
+    """Where n lives, in the image itself: the same, or of a larger image what of it may change and a margin."""
     view: View
     known: Float[Array, "h w 3"]
     """The image at the detector's size, without what other defects there are: nothing to borrow from."""
@@ -117,17 +117,24 @@ class Window(eqx.Module):
 
     @staticmethod
     def around(
-        detector: AbstractDetector, image: Array, coarse: Coarse, part: Array, size: tuple[int, int] | None
+        detector: AbstractDetector,
+        image: Array,
+        coarse: Coarse,
+        part: Array,
+        size: tuple[int, int] | None = None,
+        own_size: tuple[int, int] | None = None,
     ) -> "Window":
-        """The window of ``size`` around a part of the coarse region; None: the whole image."""
-        whole, full = _size(coarse.mask), _size(image)
+        """The window of ``size`` around a part of the coarse region, n in a box of ``own_size``; None: the whole image."""
+        whole, full, x = _size(coarse.mask), _size(image), normalise(image)
+        own_size = own_size or full
         size = size or whole
+        m0, region = (scaled_mask(mask, full) for mask in (coarse.mask & part, part))
         box = Box(regions.window_offset(part, size, detector.stride), size)
-        own, view = view_of(box, whole, full)
-        m0, region = (own.crop(scaled_mask(mask, full)) for mask in (coarse.mask & part, part))
+        own = box if whole == full else Box(regions.window_offset(region, own_size, 1), own_size)
+        view = view_of(box, own, coarse.x, x)
         known = harmonic(coarse.x, coarse.region & ~part)
-        excess = own.crop(scaled(coarse.excess, full))
-        return Window(box, own, view, known, normalise(image), m0, region, excess, coarse.threshold)
+        m0, region, excess = (own.crop(values) for values in (m0, region, scaled(coarse.excess, full)))
+        return Window(box, own, view, known, x, m0, region, excess, coarse.threshold)
 
     def pose(
         self, detector: AbstractDetector, region: Array, settings: Settings, inpaint: Inpainter, sparse: float | Array = 1.0
@@ -136,10 +143,11 @@ class Window(eqx.Module):
         s, empty = settings, jnp.zeros(_size(self.known), bool)
         prior_factor, sparsity_factor = detector.calibrated.tuned or (1.0, 1.0)
         hidden = self.box.paste(self.view.touched(region), empty)
-        n0 = self.own.crop(scaled(inpaint(self.known, hidden), _size(self.image)))
+        x = self.own.crop(self.image)
+        n0 = jnp.where(region[..., None], self.own.crop(scaled(inpaint(self.known, hidden), _size(self.image))), x)
         problem = Problem.make(
             detector,
-            self.own.crop(self.image),
+            x,
             region,
             detector.locate(self.view(n0), self.box.corner),
             alpha1=prior_factor * s.alpha1,
@@ -170,12 +178,14 @@ def solve_window(
     settings: Settings,
     inpaint: Inpainter = exemplar,
     window: tuple[int, int] | None = None,
+    own_size: tuple[int, int] | None = None,
 ) -> Solved:
     """Algorithm 1 for a part of the suspect region, inside a window of the given size (default: the whole image).
 
-    ``part`` and ``window`` are at the detector's size; n is sought, and the mask drawn, at that of ``image`` (0..1).
+    ``part`` and ``window`` are at the detector's size. n is sought, and the mask drawn, at that of ``image`` (0..1), in a
+    box of ``own_size`` around the part.
     """
-    s, w = settings, Window.around(detector, image, coarse, part, window)
+    s, w = settings, Window.around(detector, image, coarse, part, window, own_size)
 
     def decompose(region: Bool[Array, "_h _w"], phase: Phase):
         """Split x into n + a inside ``region``: lines 1-9."""

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from f2pad_jax.data.textures import load_texture
 from f2pad_jax.detectors.fit import with_calibration
 from f2pad_jax.evaluation.metrics import iou
 from f2pad_jax.inpaint import choose, exemplar, harmonic
-from f2pad_jax.region import WINDOWS, divided
+from f2pad_jax.masks import Evidence
+from f2pad_jax.region import WINDOWS, divided, own_size
 from f2pad_jax.units import MEAN, STD, resized, to_unit
 from f2pad_jax.views import scaled_mask
 from f2pad_jax.window import Window, look
@@ -162,10 +164,42 @@ def test_every_kind_of_array_gives_the_same(detector, images, result, kind):
     np.testing.assert_array_equal(np.asarray(refine(detector, same).mask), result.mask[0])
 
 
-def test_masks_have_the_resolution_of_the_image(shallow_backbone):
-    large = load_texture("grass", size=256, num_train=6, num_test=1)
-    detector = fit(PatchCore, large.train, shallow_backbone, size=(128, 128))
-    image, truth = large.test[0].image, large.test[0].mask
+@pytest.fixture(scope="module")
+def large(shallow_backbone):
+    """A detector of images half as large as one with a defect."""
+    texture = load_texture("grass", size=256, num_train=6, num_test=1)
+    return fit(PatchCore, texture.train, shallow_backbone, size=(128, 128)), texture.test[0].image, texture.test[0].mask
+
+
+def test_of_a_larger_image_only_the_pixels_around_the_region_are_worked_on(large):
+    """What acts on pixels, and the network, find there what they would in the whole image."""
+    detector, image, _ = large
+    unit, settings = to_unit(image), jax.tree.map(jnp.asarray, Settings())
+    coarse = look(detector, unit, settings)
+    ((part, window), *_) = divided(np.asarray(coarse.region), settings.margin, detector.stride, WINDOWS)
+    box = own_size(part, window, (256, 256), settings.margin)
+    assert box[0] < 2 * window[0]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def found(part, own):
+        w = Window.around(detector, unit, coarse, part, window, own)
+        problem, n0 = w.pose(detector, w.region, settings, exemplar)
+        state = settings.solver.init(problem, n0)
+        gradient = jax.grad(problem)(state.n)  # a step takes little but its sign, which of a small one rounding decides
+        shared = state.memory.share(gradient)
+        mask = settings.decision(settings.solver, Evidence(problem, n0, (n0 + problem.x) / 2, w.excess, w.threshold))
+        empty = jnp.zeros((256, 256), bool)
+        images = (w.own.paste(problem.region[..., None] * v, jnp.zeros_like(unit)) for v in (gradient, shared, n0))
+        return problem.weights.beta, w.own.paste(mask, empty), *images
+
+    few, all = (jax.tree.map(np.asarray, found(jnp.asarray(part), own)) for own in (box, None))
+    for one, other, atol in zip(few, all, (0, 0, 1e-4, 1e-4, 1e-5), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=atol)
+    assert few[1].any()
+
+
+def test_masks_have_the_resolution_of_the_image(large):
+    detector, image, truth = large
     out = jax.tree.map(np.asarray, refine(detector, image, settings=Settings(max_steps=60, restore_steps=0)))
     assert out.mask.shape == out.coarse_map.shape == out.region.shape == truth.shape
     assert iou(out.mask, truth) > max(0.85, iou(out.coarse_mask, truth) + 0.1)

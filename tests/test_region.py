@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from f2pad_jax.region import (
     divided,
     filled,
     opened,
+    own_size,
     reached,
     suspect_region,
     window_offset,
@@ -265,6 +267,29 @@ def test_window_sizes_that_do_not_fit_the_stride_or_the_image_are_passed_over():
     mask[30:34, 30:34] = True
     assert window_size(mask, 0, 16, (40, 48, 64)) == (48, 48)
     assert window_size(mask, 20, 16, (72, 80)) == (64, 96)
+
+
+def test_the_box_of_a_larger_image_holds_region_and_margin_in_as_few_quarters_of_the_window_as_may_be():
+    full = (640, 560)
+    for (y1, x1, y2, x2), mask in boxes((128, 160), count=60):
+        window = window_size(mask, 4, 8, (32, 64, 96))
+        quarters = [math.ceil(window[axis] * full[axis] / mask.shape[axis] / 4) for axis in (0, 1)]
+        size = own_size(mask, window, full, 6)
+        needed = 5 * (y2 - y1) + 12, 3.5 * (x2 - x1) + 12
+        counts = [-(-size[axis] // quarters[axis]) for axis in (0, 1)]
+        assert all(size[axis] == min(max(counts) * quarters[axis], full[axis]) for axis in (0, 1))
+        assert all(size[axis] >= min(needed[axis], full[axis]) for axis in (0, 1))
+        assert max(counts) == 1 or any((max(counts) - 1) * quarters[axis] < needed[axis] + 2 for axis in (0, 1))
+
+
+def test_the_box_is_the_window_at_one_size_and_the_image_without_a_margin():
+    mask = np.zeros((64, 96), bool)
+    mask[30:34, 30:34] = True
+    assert own_size(mask, (32, 32), (64, 96), 8) == own_size(mask, (32, 32), (64, 96), None) == (32, 32)
+    assert own_size(mask, (32, 32), (640, 960), None) == (640, 960)
+    assert own_size(mask, (32, 32), (640, 960), 8) == (80, 80)
+    assert own_size(mask, (32, 32), (32, 48), 8) == (20, 20)  # more pixels than the window's sixteen
+    assert own_size(np.zeros_like(mask), (32, 32), (640, 960), 8) == (80, 80)
 
 
 SIZES = (64, 96, 128)

@@ -9,53 +9,76 @@ from f2pad_jax.views import Box, View, scaled, scaled_mask, view_of
 NETWORK = (64, 64)
 
 
-@pytest.mark.parametrize("own", [(150, 130), (64, 200), (40, 48), (257, 64)])
-@pytest.mark.parametrize("corner", [(0, 0), (16, 8), (32, 32)])
-def test_a_window_sees_what_the_resize_of_the_whole_image_shows_there(own, corner):
-    image = jax.image.resize(smooth_image(0, 96), (*own, 3), "linear")
+def seen(box, own, large):
+    """What the network sees of an image of which one box varies, and its resize."""
+    small = jax.image.resize(large, (*NETWORK, 3), "linear")
+    return view_of(box, own, small, large), small
+
+
+@pytest.mark.parametrize("size", [(150, 130), (64, 200), (40, 48), (257, 64)])
+@pytest.mark.parametrize("place", [(0, 0), (0.5, 0.3), (1, 1)])
+def test_a_window_sees_what_the_resize_of_the_whole_image_shows_there(size, place):
+    """Whatever becomes of the pixels of a box, and wherever it is: inside the window, at its border or beyond it."""
+    image = jax.image.resize(smooth_image(0, 96), (*size, 3), "linear")
+    change = jax.random.normal(jax.random.key(0), (24, 30, 3))
 
     @jax.jit
     def window(corner):
-        box = Box(corner, (32, 32))
-        large, view = view_of(box, NETWORK, own)
-        return view(large.crop(image)), box.crop(jax.image.resize(image, (*NETWORK, 3), "linear"))
+        box, own = Box(jnp.array([16, 8]), (32, 32)), Box(corner, change.shape[:2])
+        view, _ = seen(box, own, image)
+        changed = own.crop(image) + change
+        shown = jax.image.resize(own.paste(changed, image), (*NETWORK, 3), "linear")
+        return view(changed), box.crop(shown)
 
-    seen, shown = window(jnp.array(corner))
-    np.testing.assert_allclose(seen, shown, atol=1e-5)
+    corner = jnp.array([round(place[axis] * (size[axis] - change.shape[axis])) for axis in (0, 1)])
+    np.testing.assert_allclose(*window(corner), atol=2e-5)
 
 
 def test_an_image_of_the_networks_size_is_seen_as_it_is():
-    box = Box(jnp.array([8, 16]), (32, 32))
-    assert view_of(box, NETWORK, NETWORK) == (box, View())
-    image, mask = jnp.asarray(smooth_image(0)), jnp.ones(NETWORK, bool)
+    box, image = Box(jnp.array([8, 16]), (32, 32)), jnp.asarray(smooth_image(0))
+    view = view_of(box, box, image, image)
+    part, mask = box.crop(image), jnp.ones(NETWORK, bool)
+    assert view == View() and view.share == 1
+    assert view(part) is part and view.touched(mask) is mask and view.back(part[..., 0]).shape == (32, 32)
     assert scaled(image, NETWORK) is image and scaled_mask(mask, NETWORK) is mask
 
 
-def test_the_window_grows_with_the_image_not_beyond_it():
-    large, view = view_of(Box(jnp.array([0, 16]), (32, 32)), NETWORK, (640, 640))
-    assert max(large.size) <= 10 * 32 + 24 and view.share == pytest.approx(0.01)
-    np.testing.assert_array_equal(large.corner, [0, 160 - 11])
-    large, _ = view_of(Box(jnp.array([0, 0]), NETWORK), NETWORK, (640, 500))
-    assert large.size == (640, 500)
+@pytest.fixture(scope="module")
+def tenth():
+    """A window of an image ten times as large as the network's, seen from a quarter of its pixels."""
+    large = jnp.asarray(smooth_image(0, 640))
+    return seen(Box(jnp.array([16, 8]), (32, 32)), Box(jnp.array([230, 140]), (160, 160)), large)[0]
 
 
-def test_gradients_are_the_transpose():
-    _, view = view_of(Box(jnp.array([16, 16]), (32, 32)), NETWORK, (150, 130))
-    key = jax.random.key(0)
-    shape = (view.rows.shape[1], view.columns.shape[1], 3)
-    image, cotangent = jax.random.normal(key, shape), jax.random.normal(key, (32, 32, 3))
-    gradient = jax.grad(lambda image: jnp.vdot(view(image), cotangent))(image)
-    np.testing.assert_allclose(jnp.vdot(gradient, image), jnp.vdot(view(image), cotangent), rtol=1e-4)
-    expected = jnp.einsum("iI,jJ,ijc->IJc", view.rows, view.columns, cotangent)
+def test_a_pixel_counts_by_its_share_of_the_networks(tenth):
+    assert tenth.share == pytest.approx(0.01)
+
+
+def test_gradients_are_the_transpose(tenth):
+    image, cotangent = (
+        jax.random.normal(jax.random.key(0), (160, 160, 3)),
+        jax.random.normal(jax.random.key(1), (32, 32, 3)),
+    )
+    gradient = jax.grad(lambda image: jnp.vdot(tenth(image), cotangent))(image)
+    change = tenth(image) - tenth(jnp.zeros_like(image))
+    np.testing.assert_allclose(jnp.vdot(gradient, image), jnp.vdot(change, cotangent), rtol=1e-3)
+    expected = jnp.einsum("iI,jJ,ijc->IJc", tenth.rows, tenth.columns, cotangent)
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
-def test_touched_is_where_any_of_the_mask_is_seen():
-    _, view = view_of(Box(jnp.array([0, 0]), (32, 32)), NETWORK, (640, 640))
-    mask = np.zeros((view.rows.shape[1], view.columns.shape[1]), bool)
-    mask[100:103, 200:203] = True  # a third of one pixel of the network's
-    touched = np.asarray(view.touched(jnp.asarray(mask)))
-    assert touched[10, 20] and not touched[13, 20] and touched.sum() <= 9
+def test_touched_is_where_any_of_the_mask_is_seen(tenth):
+    mask = np.zeros((160, 160), bool)
+    mask[100:103, 60:63] = True  # a third of one pixel of the network's: row 33, column 20
+    touched = np.asarray(tenth.touched(jnp.asarray(mask)))
+    assert touched[17, 12] and not touched[20, 12] and touched.sum() <= 9
+
+
+def test_back_is_where_a_value_was_seen(tenth):
+    """Rows and columns of the small image, asked for at the pixels of the large one, are interpolated."""
+    rows, columns = jnp.meshgrid(jnp.arange(16.0, 48), jnp.arange(8.0, 40), indexing="ij")
+    row, column = ((corner + np.arange(160) + 0.5) / 10 - 0.5 for corner in (230, 140))
+    np.testing.assert_allclose(tenth.back(rows), np.broadcast_to(row[:, None], (160, 160)), atol=1e-3)
+    np.testing.assert_allclose(tenth.back(columns), np.broadcast_to(column, (160, 160)), atol=1e-3)
 
 
 def test_crop_and_paste():
