@@ -131,7 +131,7 @@ def plot(detector: f2pad_jax.AbstractDetector, image: jax.Array, path: Path) -> 
     axes.plot(areas, times, "o-", color="black")
     axes.axhline(times[-1], color="grey", linestyle=":", label="whole image")
     axes.set(xlabel="suspect region, % of the image", ylabel="seconds for 100 steps", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)
 
 
