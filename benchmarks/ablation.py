@@ -1,8 +1,9 @@
-"""What each part of the method gives: ``python benchmarks/ablation.py FOLDER ... --weights FILE [--images N]``.
+"""Contribution of each part of the method: ``python benchmarks/ablation.py FOLDER ... --weights FILE [--images N]``.
 
-PatchCore, fitted on normal images of folders in MVTec layout, and cut-paste defects on others of them (``cutpaste.py``);
-224x224, label-free thresholds. Each line leaves out one part of the default settings; the mean IoU is that of the paper's
-mask, |a| > τ opened, and of the default one, drawn from the same solution. "Initialisation" takes no step.
+PatchCore is fitted to normal images of folders in MVTec layout. Other normal images get cut-paste defects
+(``cutpaste.py``). All images have 224x224 pixels, and thresholds need no label. Each line leaves out one part of the
+default settings. It gives the mean IoU of the paper's mask, |a| > τ opened, and of the default mask. Both are drawn from
+one solution. "Initialisation" takes no step.
 """
 
 import argparse
@@ -13,10 +14,14 @@ import numpy as np
 from cutpaste import cut_paste
 
 import f2pad_jax
-from f2pad_jax import Descent, Residual, Settings
-from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.region import opened
-from f2pad_jax.units import STD
+from f2pad_jax import Settings
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.images import STD, to_unit
+from f2pad_jax.images._morphology import opened
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.method import Residual, look
+from f2pad_jax.solvers import Descent
 
 VARIANTS = {
     "full": {},
@@ -30,21 +35,21 @@ BACKBONES = {"resnet18": ("layer1", "layer2", "layer3"), "efficientnet-lite0": N
 
 
 def main() -> None:
-    """A table per backbone."""
+    """Prints a table for each backbone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--weights", help="of ResNet18")
+    parser.add_argument("--weights", help="weight file of ResNet18")
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=BACKBONES)
-    parser.add_argument("--images", type=int, default=6, help="of each folder")
+    parser.add_argument("--images", type=int, default=6, help="number of defective images of each folder")
     arguments = parser.parse_args()
     names = [folder.name for folder in arguments.folders]
     for network in arguments.backbones:
         weights = arguments.weights if network == "resnet18" else None
-        backbone = f2pad_jax.load_backbone(network, layers=BACKBONES[network], weights=weights)
+        backbone = load_backbone(network, layers=BACKBONES[network], weights=weights)
         found: dict[str, list] = {}
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
-            detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
+            detector = f2pad_jax.fit(PatchCore, train, backbone)
             columns: dict[str, list] = {}
             for name, changes in VARIANTS.items():
                 for image, truth in defects:
@@ -56,9 +61,9 @@ def main() -> None:
                     columns.setdefault(name, []).append(scores[-1])
                     if name == "full":
                         columns.setdefault("initialisation", []).append(scores[0])
-                jax.clear_caches()  # each program takes memory maps, of which there are few
+                jax.clear_caches()  # each program takes memory maps, of which a process has few
                 print(f"  {network} {folder.name} {name}: {np.mean(columns[name], axis=0).round(3)}", flush=True)
-            coarse = [iou(np.asarray(f2pad_jax.refine(detector, x, settings=NO_STEP).coarse_mask), m) for x, m in defects]
+            coarse = [iou(np.asarray(look(detector, to_unit(x), Settings()).mask), truth) for x, truth in defects]
             columns["coarse"] = [(value, value) for value in coarse]
             for name, values in columns.items():
                 found.setdefault(name, []).append(np.mean(values, axis=0))
@@ -70,11 +75,9 @@ def main() -> None:
 
 
 def residual(image: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The paper's mask of a decomposition."""
+    """Returns the paper's mask of a decomposition, both images in 0..1."""
     return np.asarray(opened(np.linalg.norm((image - n) / STD, axis=-1) > Residual().tau))
 
-
-NO_STEP = Settings(max_steps=0, restore_steps=0)
 
 if __name__ == "__main__":
     main()

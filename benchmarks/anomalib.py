@@ -1,18 +1,19 @@
-"""Detectors that anomalib trains, read by this library: ``python benchmarks/anomalib.py FOLDER --weights FILE``.
+"""Detectors trained by anomalib and read by this library: ``python benchmarks/anomalib.py FOLDER --weights FILE``.
 
     pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
     pip install anomalib FrEIA
     pip install -e .
 
-Torch and torchvision must come from one index: beside a CPU's torch, PyPI's torchvision, built for CUDA, stops with
-"operator torchvision::nms does not exist".
+Torch and torchvision must come from one index. PyPI's torchvision is built for CUDA, and beside a torch for CPUs it stops
+with "operator torchvision::nms does not exist".
 
-Trains a small PaDiM, PatchCore and CFLOW with anomalib's own engine on a few of the normal images of FOLDER (MVTec's
-layout), reads the checkpoints it saves with :func:`f2pad_jax.load_anomalib`, and prints for each model, over a few test
-images, the largest difference of what it computes (distances, patch scores, log-likelihoods), relative to the largest of
-anomalib's values, and the correlation of the anomaly maps, each smoothed in its own way. FILE holds ResNet18's weights, as
-timm or torchvision has them, batch norm folded or not: neither program fetches any. Both see the same images: PNG files of
-FOLDER, resized here to the models' size. Exits with 1 if a difference exceeds 1e-3.
+The benchmark trains a small PaDiM, PatchCore and CFLOW with anomalib's own engine, on a few normal images of FOLDER (MVTec
+layout). It reads the saved checkpoints with :func:`f2pad_jax.detectors.load_anomalib`. It prints two figures for each
+model, over a few test images. The first is the largest difference of the computed values (distances, patch scores,
+log-likelihoods), relative to the largest of anomalib's values. The second is the correlation of the anomaly maps, each
+smoothed in its library's own way. FILE holds the weights of ResNet18, in timm's or torchvision's names, with batch norm
+folded or not; neither library fetches any. Both libraries are given PNG files of FOLDER, resized here to the models' size.
+The exit status is 1 if a difference exceeds 1e-3.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.pop(0)  # this folder, where the name anomalib is this file's
+sys.path.pop(0)  # this folder, in which the name anomalib stands for this file
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,12 @@ from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
 from lightning.pytorch import seed_everything
 from PIL import Image
 
-import f2pad_jax
-from f2pad_jax.checkpoints import is_safetensors, read_safetensors
+from f2pad_jax._storage import read_safetensors
+from f2pad_jax.backbones._torchfile import read_torch_file
+from f2pad_jax.backbones._weight_files import is_safetensors
+from f2pad_jax.detectors import AbstractDetector, CFlow, PatchCore, load_anomalib
 from f2pad_jax.detectors.base import ORIGIN
 from f2pad_jax.detectors.patchcore import embed, nearest
-from f2pad_jax.torchfile import read_torch_file
 
 SIZE = (128, 160)
 NUM_TRAIN, NUM_NORMAL, NUM_TEST = 12, 4, 3
@@ -55,7 +57,7 @@ MEASURES = {"PaDiM": "distances", "PatchCore": "patch scores", "CFLOW": "log-lik
 
 
 def copy_images(folder: Path, to: Path) -> list[Path]:
-    """A few images at the models' size, in MVTec's layout; returns those of the test."""
+    """Writes a few images at the models' size, in MVTec layout; returns the paths of the test images."""
     defect = min(path.name for path in (folder / "test").iterdir() if path.name != "good")
     written: dict[str, list[Path]] = {}
     for part, count in (("train/good", NUM_TRAIN), ("test/good", NUM_NORMAL), (f"test/{defect}", NUM_TEST)):
@@ -66,12 +68,13 @@ def copy_images(folder: Path, to: Path) -> list[Path]:
     return [*written["test/good"][:1], *written[f"test/{defect}"]]
 
 
-def pixels(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
+    """Returns the RGB values of an image file, uint8."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
 def give_weights(model: torch.nn.Module, path: Path) -> None:
-    """Put a file's weights into the model's ResNet18; what timm has left out of it is left out."""
+    """Puts a file's weights into the model's ResNet18, without the layers that timm has left out of it."""
     tensors = read_safetensors(path)[0] if is_safetensors(path) else read_torch_file(path)
     network = (model.feature_extractor if hasattr(model, "feature_extractor") else model.encoder).feature_extractor
     missing = network.load_state_dict(
@@ -83,7 +86,7 @@ def give_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.Module, Path]:
-    """A model anomalib has trained, and the checkpoint its engine saved."""
+    """Trains a model with anomalib; returns it and the checkpoint that its engine has saved."""
     seed_everything(0, verbose=False)
     cls, options = MODELS[name]
     model = cls(backbone="resnet18", pre_trained=False, pre_processor=cls.configure_pre_processor(SIZE), **options)
@@ -107,14 +110,14 @@ def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.
     return model.eval(), Path(engine.trainer.checkpoint_callback.best_model_path)
 
 
-def anomalibs(model: torch.nn.Module, image: torch.Tensor) -> Iterator[np.ndarray]:
-    """What a trained model computes for an image at each position, from each map it does it on."""
+def anomalib_values(model: torch.nn.Module, image: torch.Tensor) -> Iterator[np.ndarray]:
+    """Yields the values that a trained model computes for an image at each position, one map per scored layer."""
     core = model.model
     if hasattr(core, "decoders"):
         for k, m in enumerate(core.encoder(image).values()):
             c, h, w = m.shape[1:]
-            where = positional_encoding_2d(core.condition_vector, h, w).flatten(1).T
-            z, log_determinant = core.decoders[k].eval()(m[0].flatten(1).T, [where])
+            position = positional_encoding_2d(core.condition_vector, h, w).flatten(1).T
+            z, log_determinant = core.decoders[k].eval()(m[0].flatten(1).T, [position])
             yield (get_logp(c, z, log_determinant) / c).reshape(h, w).numpy()
         return
     maps = core.feature_extractor(image)
@@ -127,12 +130,12 @@ def anomalibs(model: torch.nn.Module, image: torch.Tensor) -> Iterator[np.ndarra
 
 
 @jax.jit
-def ours(detector: f2pad_jax.AbstractDetector, image: jax.Array) -> tuple[jax.Array, ...]:
-    """The same of a detector read from the checkpoint."""
+def own_values(detector: AbstractDetector, image: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the values that a detector read from the checkpoint computes, one map per scored layer."""
     match detector:
-        case f2pad_jax.CFlow():
+        case CFlow():
             return detector.log_likelihoods(image, detector.locate(image, ORIGIN))
-        case f2pad_jax.PatchCore():
+        case PatchCore():
             rows = embed(detector.backbone, image)
             distances, _ = nearest(rows.reshape(-1, rows.shape[-1]), detector.memory_bank, 1)
             return (jnp.sqrt(distances).reshape(rows.shape[:2]),)
@@ -140,17 +143,17 @@ def ours(detector: f2pad_jax.AbstractDetector, image: jax.Array) -> tuple[jax.Ar
 
 
 def compare(name: str, data: Path, test: list[Path], weights: Path, folder: Path) -> float:
-    """Train, read and print; returns the relative difference."""
+    """Trains a model, reads it and prints both figures; returns the relative difference."""
     model, path = train(name, data, weights, folder)
-    detector = f2pad_jax.load_anomalib(path, map(pixels, sorted((data / "test/good").glob("*.png"))))
+    detector = load_anomalib(path, map(read_pixels, sorted((data / "test/good").glob("*.png"))))
     anomaly_map = jax.jit(lambda detector, image: detector.anomaly_map(image))
     pairs, found, expected = [], [], []
     with torch.no_grad():
         for file in test:
-            raw = torch.from_numpy(np.array(pixels(file).transpose(2, 0, 1)))[None] / 255
+            raw = torch.from_numpy(np.array(read_pixels(file).transpose(2, 0, 1)))[None] / 255
             image = model.pre_processor.transform(raw)
             channels_last = jnp.asarray(image[0].permute(1, 2, 0).numpy())
-            pairs += list(zip(anomalibs(model, image), ours(detector, channels_last), strict=True))
+            pairs += list(zip(anomalib_values(model, image), own_values(detector, channels_last), strict=True))
             expected.append(np.ravel(model.model(image).anomaly_map.numpy()))
             found.append(np.ravel(anomaly_map(detector, channels_last)))
     difference = max(float(np.abs(a - np.asarray(b)).max()) for a, b in pairs)
@@ -164,6 +167,7 @@ def compare(name: str, data: Path, test: list[Path], weights: Path, folder: Path
 
 
 def main() -> int:
+    """Compares all models; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--weights", type=Path, required=True)

@@ -1,14 +1,14 @@
-"""Gradient of the tapped features with respect to the image: this library against PyTorch, on the same CPU and threads.
+"""Gradient of the tapped features with respect to the image: this library against PyTorch, on equal CPU threads.
 
     pip install torch transformers && pip install --no-deps geffnet
     python benchmarks/backbones.py [NETWORK ...]
 
-PyTorch's networks are transformers' (ResNet) and geffnet's (EfficientNet), in eval mode with frozen weights, fed contiguous
-and channels-last ("torch-cl") images; the ratios are to the better of the two. Ours is called once ("call"), and ten times
-in a compiled loop as the solver does ("loop", time of one step). Both compute the mean square of the same maps, and its
-gradient. All take turns within one run; a time is the smallest of the rounds. MiB per image: XLA's temporary buffers of the
-compiled gradient; for PyTorch what autograd keeps for the way back (its workspaces come on top). The weights are random:
-speed does not depend on them.
+PyTorch's networks come from transformers (ResNet) and geffnet (EfficientNet), in eval mode with frozen weights. They are
+given contiguous and channels-last ("torch-cl") images; ratios are to the better of both. This library's gradient is called
+once ("call"), and ten times in a compiled loop as the solver does ("loop", time of one step). Both libraries compute the
+mean square of equal maps, and its gradient. All take turns within one run, and a time is the least of the rounds. MiB per
+image are XLA's temporary buffers of the compiled gradient. For PyTorch they are the tensors that autograd keeps for the
+backward pass; its workspaces come on top. The weights are random, since speed does not depend on them.
 """
 
 import argparse
@@ -22,20 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from f2pad_jax._storage import write_safetensors
 from f2pad_jax.backbones import BACKBONES, load_backbone
-from f2pad_jax.backbones.conversion import parameter_shapes
-from f2pad_jax.checkpoints import write_safetensors
+from f2pad_jax.backbones._conversion import parameter_shapes
 
 CASES = ((1, 224), (4, 224), (1, 112), (4, 112))
 NETWORKS = ("resnet18", "efficientnet-lite0", "efficientnet-b6", "wide-resnet50-2")
 
-
 STEPS = 10
-"""Of the loop."""
+"""Number of steps in the loop."""
 
 
 def jax_gradients(name: str):
-    """The gradient of a batch, ten steps along it in a loop, and the backbone they take."""
+    """Returns two functions, the gradient of a batch and ten steps along it in a loop, and their backbone."""
     network = BACKBONES[name]
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(network, network.default_layers[-1])
@@ -48,7 +47,7 @@ def jax_gradients(name: str):
         return sum(jnp.mean(m**2) for m in backbone(image))
 
     def gradient(images, backbone):
-        if len(images) == 1:  # as the solver does it
+        if len(images) == 1:  # as the solver calls it
             return jax.grad(score)(images[0], backbone)[None]
         return jax.vmap(jax.grad(score), (0, None))(images, backbone)
 
@@ -59,7 +58,7 @@ def jax_gradients(name: str):
 
 
 def torch_gradient(name: str):
-    """A function of a batch."""
+    """Returns the gradient as a function of a batch, and its network."""
     if name.startswith("efficientnet"):
         import geffnet
 
@@ -111,7 +110,7 @@ def torch_gradient(name: str):
 
 
 def kept_bytes(function, images) -> int:
-    """Bytes autograd keeps between the way forward and the way back."""
+    """Returns the bytes that autograd keeps between forward and backward pass."""
     storages = {}
 
     def pack(tensor):
@@ -125,7 +124,7 @@ def kept_bytes(function, images) -> int:
 
 
 def smallest(functions: list, seconds: float) -> list[float]:
-    """The smallest time of each function in ms, all taking turns for about the given time."""
+    """Returns the least time of each function in ms; all take turns for about the given number of seconds."""
     times = [[] for _ in functions]
     for function in functions:
         function()
@@ -139,9 +138,10 @@ def smallest(functions: list, seconds: float) -> list[float]:
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of rounds for each line (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of rounds for each line (%(default)s)")
     arguments = parser.parse_args()
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}; ms")
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def line(name: str, batch: int, side: int, seconds: float) -> str:
-    """One row of the table."""
+    """Returns one row of the table."""
     images = np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32)
     x, start = jnp.asarray(images), time.perf_counter()
     gradients, backbone = jax_gradients(name)

@@ -1,23 +1,24 @@
-"""The paper's cut-paste defects (Eq. 16) on real photographs, for the studies beside this file."""
+"""The paper's cut-paste defects (Eq. 16) on real photographs, shared by the other benchmarks."""
 
 from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
 
-from f2pad_jax.data.cutpaste import Defective, paste_flat
-from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category, read_mask
-from f2pad_jax.units import resized, to_unit
+from f2pad_jax.data import Defective, open_category, read_mask
+from f2pad_jax.data.cutpaste import paste_flat
+from f2pad_jax.images import read_image, to_unit
+from f2pad_jax.images.pixels import resized
 
 SIZE = (224, 224)
 
 
 def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[Defective]]:
-    """Training images and ``count`` defective ones, made of held-out normal images of a folder in MVTec layout.
+    """Returns training images and ``count`` defective images, both from the normal images of a folder in MVTec layout.
 
-    Shapes are those of ``ground_truth``, resized at random (0.5 to 1.2) about their centre until they cover 0.3 to 8 % of
-    the image; colours are random, far from what they cover. Images are 224x224 and of 8 bits.
+    Defects have the shapes of ``ground_truth``, resized at random (0.5 to 1.2) about their centre until they cover 0.3 to
+    8 % of the image. Their colours are random, and far from the colours that they cover. Defective images have 224x224
+    pixels and 256 levels.
     """
     rng = np.random.default_rng(seed)
     category = open_category(folder)
@@ -35,6 +36,7 @@ def cut_paste(folder: Path, count: int, seed: int = 0) -> tuple[list[np.ndarray]
 
 
 def _resized(rng: np.random.Generator, path: Path) -> np.ndarray:
-    mask = read_mask(path, SIZE)
+    """Returns a mask resized about its centre by a random factor, 0.5 to 1.2."""
+    mask = read_mask(path, size=SIZE)
     centre, scale = np.array(scipy.ndimage.center_of_mass(mask)), rng.uniform(0.5, 1.2)
     return scipy.ndimage.affine_transform(mask.astype(np.uint8), np.eye(2) / scale, centre - centre / scale, order=0) > 0

@@ -1,10 +1,11 @@
 """Detectors on real defects: ``python benchmarks/detectors.py ../shared/data --weights resnet18=FILE --out DIR``.
 
-For every method, backbone, category (MVTec layout) and number of training images: pixel AUROC, average precision, F1 and
-IoU at the F1-optimal threshold and F1 at the label-free one, over all test images at 224x224 (ground truth resized by
-nearest neighbour, > 0.5; pixels of all images pooled), seconds to fit (compilation included), peak memory of the process,
-and ms for one coarse map. Each case runs in a process of its own and leaves its figures, its model and its pixel maps in
-DIR; what is there is not run again, and an interrupted flow goes on where it stopped.
+A case is a method, a backbone, a category (MVTec layout) and a number of training images. For every case, the table gives
+pixel AUROC, average precision, F1 and IoU at the F1-optimal threshold, and F1 at the label-free threshold. Pixels of all
+test images, at 224x224, are pooled. Ground truth is resized by nearest neighbour, > 0.5. The table also gives seconds to
+fit (compilation included), peak memory of the process, and ms for one coarse map. Each case runs in a process of its own
+and leaves its figures, its model and its pixel maps in DIR. Cases found there are not run again, and an interrupted flow
+goes on from its last state.
 """
 
 import argparse
@@ -21,17 +22,17 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import f2pad_jax
 from f2pad_jax.backbones import find_network, load_backbone
-from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import open_category
+from f2pad_jax.data import open_category
 from f2pad_jax.detectors import DETECTORS
-from f2pad_jax.evaluation.metrics import best_threshold, dice, iou
-from f2pad_jax.units import normalise, resized, to_unit
+from f2pad_jax.images import normalise, read_image, to_unit
+from f2pad_jax.images.metrics import best_threshold, dice, iou
+from f2pad_jax.images.pixels import resized
 
 SIZE = (224, 224)
 
 
 def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:
-    """Training images (``shots`` of them drawn with seed 0, or all), test images and their masks."""
+    """Returns training images (``shots`` of them drawn with seed 0, or all), test images and their masks."""
     category = open_category(folder)
     train = category.train
     if shots:
@@ -41,14 +42,13 @@ def load(folder: Path, shots: int) -> tuple[list, list, np.ndarray]:
 
 
 def run(folder: Path, method: str, network: str, shots: int, weights: str | None, out: Path) -> dict:
-    """One case."""
+    """Runs one case and returns its figures."""
     cls = DETECTORS[method]
     train, test, masks = load(folder, shots)
     layers = cls.default_layers(find_network(network), len(train))
-    if weights and network == "resnet18":  # the file of ../shared ends after layer3
+    if weights and network == "resnet18":  # the file in ../shared ends after layer3
         layers = tuple(layer for layer in layers if layer != "layer4")
     backbone = load_backbone(network, layers=layers, weights=weights)
-    options = {"resume": out.with_suffix(".partial")} if method == "cflow" else {}
     began, shown = time.perf_counter(), ""
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -57,7 +57,7 @@ def run(folder: Path, method: str, network: str, shots: int, weights: str | None
             shown = stage.split(",")[0]
             print(f"  {time.perf_counter() - began:6.0f} s  {stage} {done}/{total}", flush=True)
 
-    detector = f2pad_jax.fit(cls, train, backbone, progress=progress, **options)
+    detector = f2pad_jax.fit(cls, train, backbone, resume=out.with_suffix(".partial"), progress=progress)
     seconds = time.perf_counter() - began
     f2pad_jax.save_detector(out.with_suffix(".model"), detector)
     images = [normalise(resized(to_unit(image), SIZE)) for image in test]
@@ -93,7 +93,7 @@ def run(folder: Path, method: str, network: str, shots: int, weights: str | None
 
 
 def table(results: list[dict]) -> str:
-    """The figures of all cases."""
+    """Returns the table of all cases."""
     lines = [
         f"{'method':9}  {'backbone':18}  {'category':8}  {'images':>6}  {'AUROC':>6}  {'AP':>5}  {'F1':>5}  {'IoU':>5}"
         f"  {'free F1':>7}  {'fit s':>6}  {'GiB':>4}  {'map ms':>6}"
@@ -108,14 +108,14 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    """Run what has not been run, print the table."""
+    """Runs the cases that are missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--categories", nargs="+", default=["bottle", "hazelnut", "leather"])
     parser.add_argument("--methods", nargs="+", default=list(DETECTORS))
     parser.add_argument("--backbones", nargs="+", default=["resnet18", "efficientnet-lite0"])
-    parser.add_argument("--shots", nargs="+", type=int, default=[0, 16], help="training images; 0 for all")
+    parser.add_argument("--shots", nargs="+", type=int, default=[0, 16], help="numbers of training images; 0 for all")
     parser.add_argument("--weights", nargs="+", default=[], metavar="NETWORK=FILE")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -2,11 +2,12 @@
 
     pip install torch
 
-The same algorithm written the plain way: whole images, one at a time, autograd, all 50 candidates and all 121 taps of the
-gradient sharing at every step. Both solve the same problems (cut-paste defects of ``cutpaste.py``, 224x224, ResNet18, the
-same detector, m0, first guess, β and settings) and draw the mask by the same rule. Ours is run for the same steps,
-and as it is used, to where its stopping rule ends it. Printed: images a second, their ratio to PyTorch's, and the mean IoU.
-What compiles is run before. All use all cores: ours with an image on each, PyTorch with its threads.
+The eager form of the algorithm is written the plain way: whole images, one at a time, autograd, all 50 candidates and all
+121 taps of the gradient sharing at every step. Both forms solve equal problems: cut-paste defects of ``cutpaste.py``,
+224x224, ResNet18. They share detector, m0, first guess, β, settings, and the rule that draws the mask. This library runs
+twice: for as many steps as the eager form, and until its stopping rule applies. Lines give images per second, their ratio
+to PyTorch's, and the mean IoU. All programs are compiled before. Both forms use all cores: this library with an image on
+each, PyTorch with its threads.
 """
 
 import argparse
@@ -25,19 +26,19 @@ from cutpaste import cut_paste
 from safetensors.torch import load_file
 
 import f2pad_jax
-from f2pad_jax import Evidence, PaDiM, PatchCore, Settings
-from f2pad_jax.detectors import DETECTORS
-from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.inpaint import choose
-from f2pad_jax.units import HIGHEST, LOWEST
-from f2pad_jax.window import Window, look
+from f2pad_jax import Settings
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.detectors import DETECTORS, PaDiM, PatchCore
+from f2pad_jax.images import HIGHEST, LOWEST, to_unit
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.method import Evidence, look, pose
 
 EAGER = "eager PyTorch"
 LAYERS = ("layer1", "layer2", "layer3")
 
 
 class ResNet18(torch.nn.Module):
-    """As far as layer3, from torchvision's keys."""
+    """ResNet18 as far as layer3, with torchvision's names of the weights."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -65,14 +66,15 @@ class ResNet18(torch.nn.Module):
 
 
 def tensor(array) -> torch.Tensor:
+    """Returns an array as a tensor on PyTorch's device."""
     return torch.from_numpy(np.array(array)).to(torch.get_default_device())
 
 
 class PatchCoreScores:
-    """Eq. (5): distances to all candidates, the least of them."""
+    """Scores of Eq. (5): the least of the distances to all candidates."""
 
-    def __init__(self, detector, where):
-        self.candidates = tensor(detector.memory_bank[where.indices])  # p k c
+    def __init__(self, detector, context):
+        self.candidates = tensor(detector.memory_bank[context.indices])  # p k c
 
     def __call__(self, maps):
         maps = [F.avg_pool2d(m, 3, 1, 1) for m in maps]
@@ -83,10 +85,10 @@ class PatchCoreScores:
 
 
 class PaDiMScores:
-    """Eq. (7)."""
+    """Scores of Eq. (7)."""
 
-    def __init__(self, detector, where):
-        mean, precision = where
+    def __init__(self, detector, context):
+        mean, precision = context
         bounds = np.cumsum([0, *detector.backbone.channels])
         self.channels = tensor(np.concatenate([np.asarray(c) + b for c, b in zip(detector.channels, bounds, strict=False)]))
         self.mean, self.precision = (tensor(a.reshape(-1, *a.shape[2:])) for a in (mean, precision.precision))
@@ -102,28 +104,32 @@ SCORES = {PatchCore: PatchCoreScores, PaDiM: PaDiMScores}
 
 
 def length(a):
+    """Returns the Euclidean length over channels, with gradient 0 at 0."""
     square = (a**2).sum(0)
     return torch.where(square > 0, square.clamp(min=1e-30).sqrt(), torch.zeros(()))
 
 
 def taps(image, radius: int = 5):
-    """The neighbours within ``radius``, (121, c, h, w); zeros beyond the border."""
+    """Returns the neighbours within ``radius``, (121, c, h, w); zeros beyond the border."""
     c, h, w = image.shape
     return F.unfold(image[None], 2 * radius + 1, padding=radius).reshape(c, -1, h, w).transpose(0, 1)
 
 
 def solve(network, problem, n0, steps: int) -> np.ndarray:
-    """Algorithm 1, a line at a time."""
+    """Runs lines 3-8 of Algorithm 1, a line at a time; returns n."""
     planes = lambda a: tensor(a).permute(2, 0, 1)  # noqa: E731
     x, n, region = planes(problem.x), planes(n0), tensor(problem.region)
-    score, affected = SCORES[type(problem.detector)](problem.detector, problem.where), tensor(problem.affected[0]).flatten()
+    score, affected = (
+        SCORES[type(problem.detector)](problem.detector, problem.context),
+        tensor(problem.affected[0]).flatten(),
+    )
     prior, weights, scale = problem.detector.calibrated.prior, problem.weights, float(problem.detector.scale)
     means, whitening, epsilon = tensor(prior.means), tensor(prior.whitening), float(problem.penalty.epsilon)
     low, high = (tensor(a)[:, None, None] for a in (LOWEST, HIGHEST))
     alpha1, alpha2, beta = (float(w) for w in weights)
 
     def objective(n):
-        feature = (affected * score(network(n[None]))).sum() / scale  # ImageNet's normalisation, which n already has
+        feature = (affected * score(network(n[None]))).sum() / scale  # n has ImageNet's normalisation already
         d = n.permute(1, 2, 0)[region][:, None] - means
         closest = (torch.einsum("qij,pqj->pqi", whitening, d) ** 2).sum(-1).min(1).values.sum()
         variation = length(n[:, 1:] - n[:, :-1]).sum() + length(n[:, :, 1:] - n[:, :, :-1]).sum()
@@ -152,28 +158,20 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
 
 
 @eqx.filter_jit
-def posed(detector, image, settings, inpaint):
-    """The whole image's problem and first guess."""
-    coarse = look(detector, image, settings)
-    window = Window.around(detector, image, coarse, coarse.region, None)
-    return window, *window.pose(detector, window.region, settings, inpaint)
-
-
-@eqx.filter_jit
-def drawn(settings, window, problem, n0, n):
-    """The mask."""
-    return settings.decision(settings.solver, Evidence(problem, n0, n, window.excess, window.threshold))
+def draw(settings, coarse, problem, n0, n):
+    """Returns the mask of a solution."""
+    return settings.decision(settings.solver, Evidence(problem, n0, n, coarse.excess, coarse.threshold))
 
 
 def main() -> None:
-    """Both, image by image."""
+    """Runs both forms image by image, and prints the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--methods", nargs="+", choices=["patchcore", "padim"], default=["patchcore", "padim"])
-    parser.add_argument("--images", type=int, default=2, help="of each folder")
+    parser.add_argument("--images", type=int, default=2, help="number of images of each folder")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--device", default="cpu", help="PyTorch's; JAX takes the fastest it finds")
+    parser.add_argument("--device", default="cpu", help="device of PyTorch; JAX takes the fastest it finds")
     arguments = parser.parse_args()
     print(
         f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__}, "
@@ -181,29 +179,32 @@ def main() -> None:
     )
     torch.set_default_device(arguments.device)
     network = ResNet18(arguments.weights)
-    backbone = f2pad_jax.load_backbone("resnet18", layers=LAYERS, weights=arguments.weights)
-    settings = jax.tree.map(jnp.asarray, Settings(max_steps=arguments.steps, restore_steps=0))
-    ways = {"all steps": dataclasses.replace(settings, solver=settings.solver.endless()), "until settled": settings}
+    backbone = load_backbone("resnet18", layers=LAYERS, weights=arguments.weights)
+    settings = Settings(max_steps=arguments.steps, restore_steps=0).traced()
+    ways = {
+        "all steps": dataclasses.replace(settings, solver=settings.solver.without_stopping()),
+        "until settled": settings,
+    }
     for method in arguments.methods:
         rows: dict[str, list] = {way: [] for way in (*ways, EAGER)}
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
             detector = f2pad_jax.fit(DETECTORS[method], train, backbone)
-            _, inpaint = choose("exemplar", detector.calibrated.normals)
             images = [defect.image for defect in defects]  # as many lanes on a GPU, no more
-            list(f2pad_jax.refine_many(detector, images, settings=settings, inpaint="exemplar"))  # compiles
+            list(f2pad_jax.refine_many(detector, images, settings=settings))  # compiles
             for way, own in ways.items():
                 began = time.perf_counter()
-                results = list(f2pad_jax.refine_many(detector, images, settings=own, inpaint="exemplar"))
+                results = list(f2pad_jax.refine_many(detector, images, settings=own))
                 seconds = (time.perf_counter() - began) / len(defects)
                 for result, (_, truth) in zip(results, defects, strict=True):
                     rows[way].append((iou(result.mask, truth), seconds, int(result.steps)))
             for image, truth in defects:
-                window, problem, n0 = posed(detector, jnp.asarray(image), settings, inpaint)
+                problem, n0 = pose(detector, jnp.asarray(image), settings=settings)
+                coarse = look(detector, to_unit(image), settings)
                 began = time.perf_counter()
                 n = solve(network, problem, n0, arguments.steps)
                 eager = time.perf_counter() - began
-                mask = np.asarray(drawn(settings, window, problem, n0, jnp.asarray(n)))
+                mask = np.asarray(draw(settings, coarse, problem, n0, jnp.asarray(n)))
                 rows[EAGER].append((iou(mask, truth), eager, arguments.steps))
                 found = ", ".join(f"{way} {own[len(rows[EAGER]) - 1][0]:.3f}" for way, own in rows.items())
                 print(f"  {method} {folder.name}: IoU {found}; {eager:.1f} s", flush=True)

@@ -1,23 +1,28 @@
-"""How much of what refinement loses was lost before it: ``python benchmarks/failures.py OUT``.
+"""Share of the lost pixels that were lost before refinement: ``python benchmarks/failures.py OUT``.
 
-OUT is a folder of ``f2pad evaluate``. For each protocol, setting and method, over all categories: the share of defects the
-suspect region does not touch, of those not wholly in it (98 % of their pixels), and mean IoU with and without these.
+OUT is a folder of ``f2pad evaluate``. Each line stands for a protocol, a setting and a method, over all categories. It
+gives the share of defects that the suspect region does not touch. It also gives the share of defects not wholly in it (98 %
+of their pixels). Then it gives the mean IoU of all defects, and of the defects in the region.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from f2pad_jax.evaluation.evaluate import FULL, load_images
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.evaluation._store import load_images
+from f2pad_jax.evaluation.cases import FULL
+from f2pad_jax.images.metrics import iou
 
 
 def main() -> None:
-    """A line for each."""
+    """Prints a line for each protocol, setting and method."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of f2pad evaluate")
+    arguments = parser.parse_args()
     found: dict[str, list[tuple[float, float]]] = {}
-    for folder in sorted((Path(sys.argv[1]) / "runs").iterdir()):
+    for folder in sorted((arguments.out / "runs").iterdir()):
         if not (folder / "case.json").exists():  # still being fitted
             continue
         about = json.loads((folder / "case.json").read_text())

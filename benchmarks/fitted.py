@@ -1,21 +1,24 @@
-"""What benchmarks share: a PatchCore fitted to a folder in MVTec layout, images of it, and the memory taken."""
+"""Shared by several benchmarks: a PatchCore fitted to a folder in MVTec layout, its images, and the memory taken."""
 
 import argparse
 import resource
 from pathlib import Path
 
 import f2pad_jax
-from f2pad_jax.data.images import read_image
-from f2pad_jax.data.mvtec import Category, Sample, open_category, spread
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.data import Category, Sample, open_category
+from f2pad_jax.data.mvtec import spread
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.images import read_image
 
 
 def peak() -> float:
-    """GiB this process has taken at most."""
+    """Returns the most memory this process has taken, GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def command_line(doc: str, images: int) -> argparse.ArgumentParser:
-    """A network's options, and how many images by default."""
+    """Returns a parser with the options of a network and the number of images, by default ``images``."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
@@ -24,15 +27,15 @@ def command_line(doc: str, images: int) -> argparse.ArgumentParser:
     return parser
 
 
-def fitted(folder: Path, arguments: argparse.Namespace, side: int = 224) -> tuple[Category, f2pad_jax.PatchCore]:
-    """The folder's category, and a detector of its training images."""
+def fitted(folder: Path, arguments: argparse.Namespace, side: int = 224) -> tuple[Category, PatchCore]:
+    """Returns the folder's category, and a detector fitted to its training images."""
     category = open_category(folder)
-    backbone = f2pad_jax.load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
+    backbone = load_backbone(arguments.backbone, layers=tuple(arguments.layers), weights=arguments.weights)
     train = [read_image(path) for path in category.train]
-    return category, f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone, size=(side, side))
+    return category, f2pad_jax.fit(PatchCore, train, backbone, size=(side, side))
 
 
 def defective_first(category: Category, count: int) -> tuple[list[Sample], list[Sample]]:
-    """Test images with a defect, spread evenly over them, and as many good ones as are wanting to ``count``."""
+    """Returns ``count`` test images in two lists: defective ones, spread evenly, and good ones if these are too few."""
     defective = spread([sample for sample in category.test if sample.mask], count)
     return defective, spread([sample for sample in category.test if not sample.mask], count - len(defective))

@@ -1,17 +1,19 @@
-"""What was reached beside what was asked: ``python benchmarks/goals.py FOLDER ...``, folders of ``f2pad evaluate``.
+"""Results beside the goals: ``python benchmarks/goals.py FOLDER ...``, folders of ``f2pad evaluate``.
 
-For each method, protocol and setting, the mean over the categories of IoU (DICE) times 100: of m0, of the best peer (m0 is
-one) and of F2PAD, bold where the goal is met: a value for cut-paste, so many points above the best peer for the others.
+Each row stands for a method, a protocol and a setting. It gives the mean over the categories of IoU (DICE) times 100, of
+m0, of the best peer (m0 is one) and of F2PAD. F2PAD's value is bold where the goal is met. The goal is a value for
+cut-paste, and a number of points above the best peer for the other protocols.
 """
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from f2pad_jax.evaluation.evaluate import ABLATIONS, FULL
-from f2pad_jax.evaluation.tables import TITLES
+from f2pad_jax.detectors.registry import TITLES
+from f2pad_jax.evaluation import ABLATIONS
+from f2pad_jax.evaluation.cases import FULL
 
 CUT_PASTE = {
     ("patchcore", "normal"): (95, 97.4),
@@ -25,8 +27,11 @@ ABOVE = {"hard": 10, "real": 5}
 
 
 def main() -> None:
-    """A Markdown table."""
-    rows = [row for folder in sys.argv[1:] for row in csv.DictReader((Path(folder) / "results.csv").open())]
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of f2pad evaluate")
+    arguments = parser.parse_args()
+    rows = [row for folder in arguments.folders for row in csv.DictReader((folder / "results.csv").open())]
     print("| | categories | images | m0 | best peer | F2PAD | goal |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for case in dict.fromkeys((row["method"], row["protocol"], row["setting"]) for row in rows):
         method, protocol, setting = case

@@ -1,12 +1,13 @@
-"""How well each inpainter restores what a mask hides of a defect-free image.
+"""Quality of each inpainter where a mask hides part of a defect-free image.
 
     python benchmarks/inpainting.py FOLDER [FOLDER ...]
 
-Folders hold defect-free images. Each image gets two irregular masks (1 to 6 % of it, seeded), dilated by 8 pixels as the
-solver's region is, and is restored by every inpainter, at 224 x 224; ``exemplar`` may borrow from 16 other images of the
-folder ("alone": from none). Printed: peak signal-to-noise ratio within the mask, and the distance of EfficientNet-Lite0's
-features (stages 2, 3, 5) from those of the image itself, relative to the same distance for the mask filled with the mean
-colour of the rest (0 is perfect, 1 no better). ``mae`` takes part where its weights are installed.
+Folders hold defect-free images, resized to 224x224. Each image gets two irregular masks (1 to 6 % of it, seeded), dilated
+by 8 pixels like the solver's region. Every inpainter restores it. ``exemplar`` may borrow from 16 other images of the
+folder, ``exemplar alone`` from none. The table gives the peak signal-to-noise ratio within the mask. It also gives the
+distance between the features (EfficientNet-Lite0, stages 2, 3, 5) of the restored and the original image. This distance is
+relative to the distance of the mask filled with the mean colour of the rest: 0 is perfect, 1 no better. ``mae`` takes part
+where its weights are installed.
 """
 
 import argparse
@@ -17,20 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from f2pad_jax import load_backbone
+from f2pad_jax.backbones import load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape
-from f2pad_jax.data.images import list_images, read_image
-from f2pad_jax.inpaint import INPAINTERS, choose, installed_mae
-from f2pad_jax.region import dilate
-from f2pad_jax.units import denormalise, normalise, resized, to_unit
+from f2pad_jax.images import denormalise, list_images, normalise, read_image, to_unit
+from f2pad_jax.images._morphology import dilate
+from f2pad_jax.images.pixels import resized
+from f2pad_jax.inpainting import INPAINTERS
+from f2pad_jax.inpainting._choice import choose
+from f2pad_jax.inpainting.autoencoder import installed_mae
 
 SIZE = (224, 224)
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--images", type=int, default=20, help="of each folder at most (%(default)s)")
+    parser.add_argument("--images", type=int, default=20, help="most images of each folder (%(default)s)")
     arguments = parser.parse_args()
     backbone = load_backbone("efficientnet-lite0")
     names = ["exemplar alone", *(name for name in INPAINTERS if name != "mae" or installed_mae())]
@@ -54,7 +58,7 @@ def main() -> None:
                 truth = features(backbone, image)
                 worst = jnp.linalg.norm(features(backbone, jnp.where(region[..., None], mean, image)) - truth)
                 for name in names:
-                    _, inpaint = choose(name.removesuffix(" alone"), None if name.endswith("alone") else normals)
+                    inpaint = choose(name.removesuffix(" alone"), None if name.endswith("alone") else normals)
                     filled = fill(inpaint, image, region)
                     error = jnp.sum((denormalise(filled) - denormalise(image)) ** 2) / (3 * jnp.sum(region))
                     found[name][0].append(float(-10 * jnp.log10(error)))

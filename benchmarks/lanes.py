@@ -1,10 +1,11 @@
 """Lanes against other ways to refine many images: ``python benchmarks/lanes.py FOLDER ... [--weights FILE] [--images N]``.
 
-Images are those of ``test`` of folders in MVTec layout, the defective ones first, spread evenly over them, with PatchCore.
-Compared, one after another: one image at a time (``refine`` in a loop), lanes (``refine_many`` with one and with several
-lanes, and with one in the reverse order), and one ``vmap`` of all images at once, which runs every image in the whole frame
-until the slowest is done. Printed: images a second without compiling, seconds spent compiling, steps, peak memory of the
-process after each, the mean IoU, and how many masks differ from the first way's.
+Images come from ``test`` of folders in MVTec layout: the defective ones, spread evenly, then good ones if these are too
+few. The detector is a PatchCore. Three ways are compared, one after another. The first is one image at a time: ``refine``
+in a loop, in windows on a CPU. The second is lanes: ``refine_many`` with one and with several lanes, and with one in the
+reverse order. The third is one ``vmap`` of all images at once, which solves whole images until the slowest is done. For
+each way a line gives images per second without compiling, seconds of compiling, steps, and peak memory of the process so
+far. It also gives the mean IoU, and the number of masks that differ from the first way's.
 """
 
 import time
@@ -16,34 +17,36 @@ import numpy as np
 from fitted import command_line, defective_first, fitted, peak
 
 import f2pad_jax
-from f2pad_jax.data.images import read_image
-from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.timing import compile_seconds
-from f2pad_jax.units import resized, to_unit
+from f2pad_jax._backend import on_cpu
+from f2pad_jax._timing import compile_seconds
+from f2pad_jax.images import read_image, to_unit
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.images.pixels import resized
 
 
 def ways(detector, images, num_lanes: int):
-    """Each way's name and masks of all images."""
+    """Returns a function for each way, by name, that returns the results of all images."""
     vmapped = jax.jit(lambda detector, images: f2pad_jax.refine(detector, images, lanes=len(images)))
 
     def many(lanes):
-        return lambda: list(f2pad_jax.refine_many(detector, images, inpaint="exemplar", lanes=lanes))
+        return lambda: list(f2pad_jax.refine_many(detector, images, lanes=lanes))
 
     return {
-        "one at a time": lambda: [f2pad_jax.refine(detector, image, inpaint="exemplar", lanes=1) for image in images],
+        "one at a time": lambda: [f2pad_jax.refine(detector, image, windows=on_cpu(), lanes=1) for image in images],
         "1 lane": many(1),
         f"{num_lanes} lanes": many(num_lanes),
-        "1 lane, reversed": lambda: list(f2pad_jax.refine_many(detector, images[::-1], inpaint="exemplar", lanes=1))[::-1],
+        "1 lane, reversed": lambda: list(f2pad_jax.refine_many(detector, images[::-1], lanes=1))[::-1],
         "vmap of all": lambda: _split(vmapped(detector, jnp.asarray(images))),
     }
 
 
 def _split(batch):
+    """Returns the results of a batch one by one."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(len(batch.mask))]
 
 
 def main() -> None:
-    """Fit, refine every way, print."""
+    """Fits a detector, refines every way, and prints a line for each."""
     parser = command_line(__doc__, images=64)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--lanes", type=int, default=8)

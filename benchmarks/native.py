@@ -1,9 +1,9 @@
 """Masks at the camera's resolution: ``python benchmarks/native.py SMALL LARGE --weights FILE [--images N]``.
 
-SMALL is a folder in MVTec layout whose ``train/good`` PatchCore is fitted on; LARGE has ``test`` and ``ground_truth`` of
-the same category in full size (900x900). For every image: IoU at full size of the coarse mask, of the mask refined at
-224x224 and enlarged, and of the mask refined at full size, with seconds a solve (after compilation) and the peak memory of
-the process.
+SMALL is a folder in MVTec layout, to whose ``train/good`` a PatchCore is fitted. LARGE has ``test`` and ``ground_truth`` of
+this category in full size (900x900). For every image a line gives three IoUs at full size: of the coarse mask, of the mask
+refined at 224x224 and enlarged, and of the mask refined at full size, in windows. Seconds of each solve (compiled before)
+and the peak memory of the process follow.
 """
 
 import argparse
@@ -16,28 +16,30 @@ import numpy as np
 from fitted import peak
 
 import f2pad_jax
-from f2pad_jax.data.images import list_images, read_image
-from f2pad_jax.data.mvtec import read_mask
-from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.units import resized, to_unit
-from f2pad_jax.views import scaled_mask
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.data import read_mask
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.images import list_images, read_image, to_unit
+from f2pad_jax.images._views import scaled_mask
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.images.pixels import resized
 
 
 def main() -> None:
-    """Every image, then the means."""
+    """Prints a line for every image, then the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("small", type=Path)
     parser.add_argument("large", type=Path)
     parser.add_argument("--weights")
-    parser.add_argument("--model", type=Path, help="a model of these images fitted before")
+    parser.add_argument("--model", type=Path, help="model of these images fitted before")
     parser.add_argument("--images", type=int)
     arguments = parser.parse_args()
     if arguments.model:
         detector = f2pad_jax.load_detector(arguments.model, weights=arguments.weights)
     else:
-        backbone = f2pad_jax.load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
+        backbone = load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
         normal = [read_image(path) for path, _ in list_images([arguments.small / "train" / "good"])]
-        detector = f2pad_jax.fit(f2pad_jax.PatchCore, normal, backbone)
+        detector = f2pad_jax.fit(PatchCore, normal, backbone)
     rows = []
     for path, relative in list_images([arguments.large / "test"])[: arguments.images]:
         image = np.asarray(to_unit(read_image(path)))
@@ -45,9 +47,9 @@ def main() -> None:
         truth, size = read_mask(mask), image.shape[:2]
         masks, seconds = [], []
         for version in (np.asarray(resized(jnp.asarray(image), detector.size)), image):
-            for _ in range(2):  # once to compile
+            for _ in range(2):  # the first compiles
                 began = time.perf_counter()
-                result = jax.block_until_ready(f2pad_jax.refine(detector, version))
+                result = jax.block_until_ready(f2pad_jax.refine(detector, version, windows=True))
                 elapsed = time.perf_counter() - began
             masks.append(np.asarray(scaled_mask(result.mask, size)))
             seconds.append(elapsed)

@@ -3,13 +3,15 @@
     pip install torch transformers && pip install --no-deps geffnet
     pip install -e '.[test]'
 
-By the functions of ``tests/test_parity.py``, which CI runs for a few of the networks. Prints for each the largest error of
-any map, relative to the map's peak, in float32, and that of the gradient of a random linear functional of all maps with
-respect to the image. Where the activation is ReLU or ReLU6 the float64 gradient tells: in float32 some unit crosses a kink,
-in PyTorch as here. Windows of 224x224 and 96x160 pixels; for the masked autoencoders three quarters of the patches removed.
-Default: all networks, one after another, largest last. Exits with 1 if an error exceeds that of the tests.
+The functions come from ``tests/test_parity.py``, which CI runs for a few of the networks. For each network a line gives two
+errors. The first is the largest error of any map, relative to the map's peak, in float32. The second is the error of the
+gradient, with respect to the image, of a random linear functional of all maps. Where the activation is ReLU or ReLU6, the
+float64 gradient decides: in float32 some unit crosses a kink, in PyTorch as well as here. Images have 224x224 and 96x160
+pixels; of the masked autoencoders' images three quarters of the patches are removed. By default all networks are compared,
+one after another. The exit status is 1 if an error exceeds the tolerance of the tests.
 """
 
+import argparse
 import gc
 import sys
 import tempfile
@@ -20,20 +22,20 @@ import jax
 import numpy as np
 from fitted import peak
 
-from f2pad_jax.backbones import NETWORKS, canonical_name
-from f2pad_jax.inpaint import MAE
+from f2pad_jax.backbones.backbone import NETWORKS, canonical_name
+from f2pad_jax.inpainting import MAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import test_parity as parity
 
 
 def backbone_errors(name: str, folder: Path) -> dict[str, float]:
-    """Largest errors over the windows: of the maps, and of the gradient in float32 and, with kinks, in float64."""
+    """Returns the largest errors of the maps, and of the gradient in float32 and, with kinks, in float64."""
     made = parity.reference(name)
     path = parity.save(made.module, folder / f"{name}.safetensors")
     dtypes = (np.float32, np.float64) if parity.kinked(name) else (np.float32,)
     expected = [parity.expect(made, parity.random_image(size, dtype)) for size in parity.SIZES for dtype in dtypes]
-    del made  # its memory is needed below
+    del made  # the next network needs its memory
     gc.collect()
     loaded = parity.load(name, path, tuple(NETWORKS[name].strides))
     worst = {"maps": 0.0}
@@ -47,7 +49,7 @@ def backbone_errors(name: str, folder: Path) -> dict[str, float]:
 
 
 def autoencoder_errors(name: str, folder: Path) -> dict[str, float]:
-    """Largest errors of tokens and decoded patches ("maps"), and of the gradient."""
+    """Returns the largest errors of tokens and decoded patches ("maps"), and of the gradient."""
     module = parity.autoencoder(name)
     path = parity.save(module, folder / f"{name}.safetensors")
     noise = parity.random_noise(parity.MAES[name][-1])
@@ -59,7 +61,7 @@ def autoencoder_errors(name: str, folder: Path) -> dict[str, float]:
 
 
 def main(names: list[str]) -> int:
-    """Print a line for each network."""
+    """Prints a line for each network; returns the exit status."""
     import torch
 
     print(f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__}")
@@ -87,4 +89,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main([canonical_name(name) for name in sys.argv[1:]] or list(NETWORKS)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", type=canonical_name, default=list(NETWORKS), metavar="NAME")
+    sys.exit(main(parser.parse_args().names))

@@ -1,10 +1,11 @@
 """One process, two devices, two Ray workers: ``python benchmarks/scaling.py FOLDER [--weights FILE] [--images N]``.
 
-FOLDER is in MVTec layout. A PatchCore is fitted, and ``f2pad refine`` run on images of ``test``, the defective ones first:
-in one process, which has all cores; in one process to which XLA shows two CPU devices; in one with half the threads; and by
-two ``--ray`` workers, which have half the threads each. Each once to compile, with a cache on disk, then once more from a
-fresh process. Printed: seconds of the second from images to files, without loading the model, but with starting the workers
-and loading programs; images a second; how many masks differ from those of each way before, and their mean IoU.
+FOLDER is in MVTec layout. A PatchCore is fitted to it, and ``f2pad refine`` runs on images of ``test``, the defective ones
+first. It runs in one process, which has all cores; in one process to which XLA shows two CPU devices; in one process with
+half the threads; and in two ``--ray`` workers, which have half the threads each. Each way runs once to compile, with a
+cache on disk, and once more from a fresh process. A line gives the seconds of the second run from images to files. They
+contain starting the workers and loading programs, but not loading the model. Then it gives images per second. For each way
+before, it gives the number of masks that differ, and their mean IoU.
 """
 
 import json
@@ -19,8 +20,8 @@ import numpy as np
 from fitted import command_line, defective_first, fitted
 
 import f2pad_jax
-from f2pad_jax.data.images import read_image
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.images import read_image
+from f2pad_jax.images.metrics import iou
 
 HALF = str(max(1, (os.cpu_count() or 1) // 2))
 WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -29,11 +30,11 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
     "half the threads": ([], {"NPROC": HALF}),
     "two Ray workers": (["--ray", "2"], {}),
 }
-"""What is added to the command, and to its environment."""
+"""Options and environment variables added to the command, by the name of the way."""
 
 
 def main() -> None:
-    """Fit, refine every way, print."""
+    """Fits a detector, refines every way, and prints a line for each."""
     parser = command_line(__doc__, images=24)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
         for way, (options, added) in WAYS.items():
             for turn in range(2):
                 out = temporary / f"{way} {turn}"
-                command = [sys.executable, "-m", "f2pad_jax.cli", "refine", str(temporary / "detector.model")]
+                command = [sys.executable, "-m", "f2pad_jax.commands", "refine", str(temporary / "detector.model")]
                 command += [*(str(sample.path) for sample in defective + good), "--out", str(out), *weights, *options]
                 variables = {
                     "JAX_COMPILATION_CACHE_DIR": str(temporary / "programs"),

@@ -1,39 +1,43 @@
 """Fig. 10 of the paper: ``python benchmarks/sharing_picture.py FOLDER --weights FILE --out FILE.png [--steps N]``.
 
-The paper's solver with gradient sharing (Eq. 13-14) and without, which is plain Adan with its adaptive step, on a cut-paste
-defect on a photograph of FOLDER (MVTec layout), PatchCore with ResNet18: the paths of the objective, masks as the paper
-draws them, and IoU. Step, clip and penalty are those of ``Settings.paper()``, in a window.
+The picture compares the paper's solver with gradient sharing (Eq. 13-14) and without. Without sharing it is plain Adan with
+the adaptive step. The defect is cut-paste on a photograph of FOLDER (MVTec layout), and the detector is a PatchCore with
+ResNet18. The picture shows the paths of the objective, and the masks as the paper draws them with their IoU. Step, clip and
+penalty come from ``Settings.paper()``; the image is solved in a window.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-import equinox as eqx
 from cutpaste import cut_paste
 from matplotlib.figure import Figure
 
 import f2pad_jax
-from f2pad_jax import Residual, Settings
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax import Settings
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.method import Residual
 
 COLOURS = {"with sharing": "tab:blue", "without": "tab:orange"}
 
 
 def main() -> None:
-    """Solve twice, draw."""
+    """Solves with sharing and without, and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--weights")
-    parser.add_argument("--image", type=int, default=0, help="which of eight cut-paste images")
+    parser.add_argument("--image", type=int, default=0, help="number of the image, of eight cut-paste images")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    backbone = f2pad_jax.load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
+    backbone = load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
     train, defects = cut_paste(arguments.folder, 8)
-    detector = f2pad_jax.fit(f2pad_jax.PatchCore, train, backbone)
+    detector = f2pad_jax.fit(PatchCore, train, backbone)
     image, truth = defects[arguments.image]
-    paper = Settings.paper().solver.endless()
-    solvers = {"with sharing": paper, "without": eqx.tree_at(lambda s: s.sharing, paper, None)}
+    paper = Settings.paper().solver.without_stopping()
+    solvers = {"with sharing": paper, "without": dataclasses.replace(paper, sharing=None)}
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplot_mosaic([["x", "truth", *solvers], ["curves"] * 4])
     for name, picture in (("x", image), ("truth", truth)):

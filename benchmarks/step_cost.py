@@ -1,9 +1,10 @@
-"""What a solver step costs over the bare backbone: ``python benchmarks/step_cost.py FOLDER --weights FILE``.
+"""Cost of a solver step over the bare backbone: ``python benchmarks/step_cost.py FOLDER --weights FILE``.
 
-ms a step of ``solve`` (its refreshing of the detector's candidates every ten steps included) for PatchCore and PaDiM
-fitted on FOLDER (MVTec layout), and ms of the gradient of the backbone's summed features in an equally long loop, on the
-same window with the same suspect region; the fastest of some turns taken by each. Compilation is not counted. With
-``--candidates``, ms a step of PatchCore with ResNet18 by the number of candidates of a position instead.
+PatchCore and PaDiM are fitted to FOLDER (MVTec layout). A line gives ms per step of ``solve``, which refreshes the
+detector's candidates every ten steps. Beside it stand the ms of the gradient of the backbone's summed features, in an
+equally long loop. Both work on one window with one suspect region and take turns; a time is the least of the turns.
+Compiling is not counted. With ``--candidates``, lines give ms per step of PatchCore with ResNet18 by the number of
+candidates of a position.
 """
 
 import argparse
@@ -17,22 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import f2pad_jax
-from f2pad_jax import Descent, PaDiM, PatchCore, Problem, Proximal, solve
-from f2pad_jax.data.images import list_images, read_image
-from f2pad_jax.units import denormalise, normalise, resized, to_unit
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.detectors import PaDiM, PatchCore
+from f2pad_jax.images import denormalise, list_images, normalise, read_image, to_unit
+from f2pad_jax.images.pixels import resized
+from f2pad_jax.objective import Problem
+from f2pad_jax.solvers import Descent, Proximal, Sharing, solve
 
 STEPS = 50
 SOLVERS = {
-    "Descent": Descent().endless(),
-    "Descent, 121 taps": Descent(sharing=f2pad_jax.Sharing(cutoff=0.0)).endless(),
-    "Descent, no sharing": Descent(sharing=None).endless(),
-    "Proximal": Proximal().endless(),
+    "Descent": Descent().without_stopping(),
+    "Descent, 121 taps": Descent(sharing=Sharing(cutoff=0.0)).without_stopping(),
+    "Descent, no sharing": Descent(sharing=None).without_stopping(),
+    "Proximal": Proximal().without_stopping(),
 }
 
 
 @eqx.filter_jit
 def bare(backbone, x):
-    """Fifty gradients of the network alone."""
+    """Takes fifty gradients of the network alone."""
 
     def loss(n):
         return sum(jnp.sum(m) for m in backbone(backbone.normalise(denormalise(n))))
@@ -46,24 +50,24 @@ def bare(backbone, x):
 
 
 @eqx.filter_jit
-def solved(solver, problem, n0):
-    """Fifty steps."""
+def fifty_steps(solver, problem, n0):
+    """Takes fifty steps."""
     return solve(solver, problem, n0, max_steps=STEPS, steps_per_check=10)
 
 
 def posed(detector, image, side):
-    """A square of 48 pixels to solve for in the middle of a window of the image."""
-    start = (224 - side) // 2
-    x = image[start : start + side, start : start + side]
+    """Returns the problem of a square of 48 pixels in the middle of a window of the image, and a first guess."""
+    corner = (224 - side) // 2
+    x = image[corner : corner + side, corner : corner + side]
     middle = slice(side // 2 - 24, side // 2 + 24)
     region = jnp.zeros((side, side), bool).at[middle, middle].set(True)
     n0 = jnp.where(region[..., None], 0.0, x)
-    where = detector.locate(x, jnp.array([start, start]))
-    return Problem.make(detector, x, region, where, alpha1=0.01, alpha2=1e-4, beta=0.1), n0
+    context = detector.locate(x, jnp.array([corner, corner]))
+    return Problem.make(detector, x, region, context, alpha1=0.01, alpha2=1e-4, beta=0.1), n0
 
 
 def fastest(runs, turns):
-    """Milliseconds a step of each, of turns taken by each."""
+    """Returns ms per step of each run, the least of some turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, (function, *inputs) in runs.items():
@@ -75,11 +79,11 @@ def fastest(runs, turns):
 
 
 def main() -> None:
-    """Fit, time by turns, print."""
+    """Times all runs by turns, and prints a line for each window."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--weights", help="of ResNet18")
-    parser.add_argument("--images", type=int, default=16, help="to fit on")
+    parser.add_argument("--weights", help="weight file of ResNet18")
+    parser.add_argument("--images", type=int, default=16, help="number of images to fit to")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--candidates", type=int, nargs="+", default=[])
     arguments = parser.parse_args()
@@ -93,17 +97,19 @@ def main() -> None:
     if arguments.candidates:
         networks, methods = networks[:1], methods[:1]
     for network, layers, weights in networks:
-        backbone = f2pad_jax.load_backbone(network, layers=layers, weights=weights)
+        backbone = load_backbone(network, layers=layers, weights=weights)
         for method in methods:
             detector = f2pad_jax.fit(method, train, backbone)
             whole = normalise(resized(to_unit(train[0]), detector.size))
             for side in (128, 224):
                 start = posed(detector, whole, side)
                 runs = {"bare": (bare, detector.backbone, start[0].x)}
-                runs |= {name: (solved, solver, *start) for name, solver in SOLVERS.items() if not arguments.candidates}
+                runs |= {
+                    name: (fifty_steps, solver, *start) for name, solver in SOLVERS.items() if not arguments.candidates
+                }
                 for count in arguments.candidates:
                     of_count = dataclasses.replace(detector, num_candidates=count)
-                    runs[f"{count} candidates"] = (solved, SOLVERS["Descent"], *posed(of_count, whole, side))
+                    runs[f"{count} candidates"] = (fifty_steps, SOLVERS["Descent"], *posed(of_count, whole, side))
                 times = fastest(runs, arguments.turns)
                 base = times.pop("bare")
                 cells = ", ".join(f"{name} {t:.1f} ({t / base:.2f})" for name, t in times.items())

@@ -1,4 +1,6 @@
-"""Every error a caller can cause, one line each: what happened, to what, and what to do."""
+"""Errors that a caller can cause; each message is one line: the event, the file or image, the remedy."""
+
+__all__ = ["CheckpointError", "DepthError", "F2padError", "ImageError", "ModelError", "OptionError", "RunError"]
 
 
 class F2padError(Exception):
@@ -6,20 +8,24 @@ class F2padError(Exception):
 
 
 class CheckpointError(F2padError):
-    """A weight file is missing, damaged, hostile, or not what it was taken for."""
+    """A weight file that is missing, damaged, hostile, or another network's."""
 
 
 class DepthError(CheckpointError):
-    """A weight file ends before a layer that was asked for."""
+    """A weight file that ends before a layer that was asked for."""
 
 
 class ImageError(F2padError):
-    """An image or a folder of images can't be used."""
-
-
-class OptionError(F2padError):
-    """A setting of a method can't be used."""
+    """An image or a folder of images that can't be used."""
 
 
 class ModelError(F2padError):
-    """A saved detector can't be used."""
+    """A saved detector that can't be used."""
+
+
+class OptionError(F2padError):
+    """An option or setting that can't be used."""
+
+
+class RunError(F2padError):
+    """An output folder that holds another run or another data set."""

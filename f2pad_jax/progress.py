@@ -1,10 +1,12 @@
-"""How long work tells how far it is."""
+"""Progress of long work."""
 
 from collections.abc import Callable
 
+__all__ = ["Progress", "silent"]
+
 Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total); what follows a comma in the stage, such as a loss, changes from call to call."""
+"""Function of (stage, done, total). Text after a comma in the stage, such as a loss, may change between calls."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """The progress nobody asked to be told."""
+    """Ignores a progress report."""

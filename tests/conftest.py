@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax import AbstractDetector, Backbone, Calibration, PatchCore, PixelPrior, fit, load_backbone
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.units import MEAN, STD
+from f2pad_jax import fit
+from f2pad_jax.backbones import Backbone, load_backbone
+from f2pad_jax.data import load_texture
+from f2pad_jax.detectors import AbstractDetector, Calibration, PatchCore, PixelPrior
+from f2pad_jax.images import MEAN, STD
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +101,7 @@ class MeanColour(AbstractDetector):
     def anomaly_map(self, image):
         return jnp.repeat(jnp.repeat(self.scores(image, None)[0], 4, 0), 4, 1)
 
-    def raw_scores(self, image, where):
+    def raw_scores(self, image, context):
         h, w, _ = image.shape
         blocks = image.reshape(h // 4, 4, w // 4, 4, 3).mean(axis=(1, 3))
         return (jnp.sum((blocks - self.colour) ** 2, axis=-1),)

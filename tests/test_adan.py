@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from f2pad_jax import scale_by_adan
+from f2pad_jax.solvers import scale_by_adan
 
 EPS = 1e-8
 

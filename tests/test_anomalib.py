@@ -20,24 +20,15 @@ import pytest
 from scipy.spatial.distance import cdist
 from test_torchfile import GOOD, HOSTILE, OPEN, SIX, call, hostile, name, ordered, plain, zip_file
 
-from f2pad_jax import (
-    CFlow,
-    CheckpointError,
-    ImageError,
-    ModelError,
-    PaDiM,
-    PatchCore,
-    load_anomalib,
-    load_backbone,
-    load_detector,
-    save_detector,
-)
-from f2pad_jax.detectors import anomalib
+from f2pad_jax import load_detector, save_detector
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.backbones._torchfile import Foreign, read_training_checkpoint
+from f2pad_jax.detectors import CFlow, PaDiM, PatchCore, anomalib, calibration, load_anomalib
 from f2pad_jax.detectors.base import ORIGIN
-from f2pad_jax.detectors.fit import _map
+from f2pad_jax.detectors.calibration import _map
 from f2pad_jax.detectors.patchcore import embed, nearest
-from f2pad_jax.torchfile import Foreign, read_training_checkpoint
-from f2pad_jax.units import MEAN, STD
+from f2pad_jax.errors import CheckpointError, ImageError, ModelError
+from f2pad_jax.images import MEAN, STD
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # on a busy machine threads wait for each other
@@ -262,7 +253,7 @@ def image(images):
 @pytest.fixture
 def load(images, monkeypatch):
     """Load, but leave out the calibration, which takes most of the time and doesn't come into the scores."""
-    monkeypatch.setattr(anomalib, "calibrate", lambda detector, *_, **__: detector)
+    monkeypatch.setattr(calibration, "calibrate", lambda detector, *_, **__: detector)
     return lambda path, **options: load_anomalib(path, images, **options)
 
 
@@ -392,7 +383,7 @@ def test_a_network_in_half_precision_is_widened(load, write, image):
 def test_cflow_likelihoods_are_anomalibs(load, write, image, images):
     state = cflow()
     detector = load(write(state, CFLOW_PARAMETERS, old=True))
-    assert isinstance(detector, CFlow) and [flow.condition for flow in detector.flows] == [32, 32]
+    assert isinstance(detector, CFlow) and [flow.condition_size for flow in detector.flows] == [32, 32]
     expected = cflow_oracle(state, image)
     for found, one in zip(log_likelihoods(detector, image), expected, strict=True):
         close(found, one)
@@ -462,8 +453,8 @@ def stages():
 @pytest.fixture(scope="module")
 def calibrated(padim_file, images, stages):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("f2pad_jax.detectors.fit.NUM_DEFECTS", 4)
-        patch.setattr("f2pad_jax.detectors.fit.NUM_PIXELS", 500)
+        patch.setattr("f2pad_jax.detectors.calibration.NUM_DEFECTS", 4)
+        patch.setattr("f2pad_jax.detectors.calibration.NUM_PIXELS", 500)
         return load_anomalib(padim_file, images, seed=3, progress=lambda *told: stages.append(told))
 
 
@@ -636,7 +627,7 @@ def test_a_model_without_its_network_is_refused(refusal):
 
 
 def test_an_unknown_layer_is_named(refusal):
-    assert "taps ['layer1', 'layer7'] of resnet18, which are not some of layer1, " in refusal(
+    assert "taps ['layer1', 'layer7'] of resnet18; expected some of layer1, " in refusal(
         patchcore(), {**PARAMETERS, "layers": ["layer1", "layer7"]}
     )
 
@@ -650,7 +641,7 @@ def test_a_size_that_is_no_multiple_of_the_stride_is_refused(refusal):
 
 
 def test_another_clamp_is_refused(refusal):
-    assert "clamp at 2.5; this library's at 1.9" in refusal(cflow(), {**CFLOW_PARAMETERS, "clamp_alpha": 2.5})
+    assert "clamp at 2.5; this library's flows clamp at 1.9" in refusal(cflow(), {**CFLOW_PARAMETERS, "clamp_alpha": 2.5})
 
 
 def test_no_images_are_refused(padim_file):
@@ -831,7 +822,7 @@ def test_a_class_is_no_name_the_next_file_knows(read):
     for _ in range(2):
         rest = read(ordered(state_dict=ordered(w=GOOD), x=name("torch._utils", "Thing") + plain(()) + b"\x81"))[1]
         assert type(rest["x"]).__mro__[1] is Foreign
-    assert not hasattr(sys.modules["f2pad_jax.torchfile"], "Thing")
+    assert not hasattr(sys.modules["f2pad_jax.backbones._torchfile"], "Thing")
 
 
 @pytest.mark.parametrize("attribute", ["a\x00b", "é" * 3000, ""], ids=["NUL", "long", "empty"])

@@ -8,11 +8,14 @@ import skimage.data
 from flax import nnx
 from golden.make_lite0_features import FILE, LAYERS, WINDOWS, picture, reference, score
 
-from f2pad_jax import CheckpointError, DepthError, checkpoints, load_backbone
-from f2pad_jax.backbones import NETWORKS, Backbone, canonical_name, load_autoencoder
-from f2pad_jax.backbones.conversion import parameter_shapes
-from f2pad_jax.backbones.layers import Conv, Depthwise, Pointwise, max_pool, winograd_kernel
-from f2pad_jax.backbones.vit import resized_positions
+from f2pad_jax import _storage as storage
+from f2pad_jax.backbones import Backbone, load_backbone
+from f2pad_jax.backbones import _weight_files as weight_files
+from f2pad_jax.backbones._conversion import parameter_shapes
+from f2pad_jax.backbones._layers import Conv, Depthwise, Pointwise, max_pool, winograd_kernel
+from f2pad_jax.backbones._vit import resized_positions
+from f2pad_jax.backbones.backbone import NETWORKS, canonical_name, load_autoencoder
+from f2pad_jax.errors import CheckpointError, DepthError
 
 NAME = "efficientnet-lite0"
 RTOL = 1e-4  # of a map's largest magnitude
@@ -222,7 +225,7 @@ def random_weights(name, path, through=None, seed=0, without=()):
     tensors = {
         key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items() if not key.startswith(without)
     }
-    checkpoints.write_safetensors(path, tensors, {})
+    storage.write_safetensors(path, tensors, {})
     return path
 
 
@@ -236,9 +239,9 @@ def test_weights_that_end_early_load_as_deep_as_they_go(tmp_path):
 
 def test_the_checksum_is_that_of_the_layers_tapped(tmp_path):
     path = random_weights("resnet18", tmp_path / "weights.safetensors", "layer3")
-    tensors = checkpoints.read_safetensors(path)[0]
+    tensors = storage.read_safetensors(path)[0]
     tensors["layer2.0.conv1.bias"] = tensors["layer2.0.conv1.bias"] + 1
-    checkpoints.write_safetensors(tmp_path / "other.safetensors", tensors, {})
+    storage.write_safetensors(tmp_path / "other.safetensors", tensors, {})
     for layers, same in ((("layer1",), True), (("layer2",), False), (("layer2", "layer1"), False), (("layer3",), False)):
         one, other = (load_backbone("resnet18", layers=layers, weights=p) for p in (path, tmp_path / "other.safetensors"))
         assert np.array_equal(one.checksum, other.checksum) == same
@@ -305,9 +308,9 @@ def test_where_features_are_local_what_is_far_away_does_not_matter(tmp_path, nam
 
 def test_weights_shift_what_they_should(tmp_path):
     one = load_backbone(NAME, layers=("stage1",))
-    tensors = checkpoints.read_safetensors(checkpoints.cached_file(NAME))[0]
+    tensors = storage.read_safetensors(weight_files.cached_file(NAME))[0]
     tensors["stages.0.0.project.bias"] = tensors["stages.0.0.project.bias"] + 1
-    checkpoints.write_safetensors(tmp_path / "weights.safetensors", tensors, {})
+    storage.write_safetensors(tmp_path / "weights.safetensors", tensors, {})
     other = load_backbone(NAME, layers=("stage1",), weights=tmp_path / "weights.safetensors")
     image = picture(0, 0, 32, 32) / 255
     found, expected = feature_maps(other, image)["stage1"], feature_maps(one, image)["stage1"] + 1

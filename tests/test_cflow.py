@@ -15,20 +15,13 @@ from conftest import check_map_of_batches, maps_of, smooth_image
 from flax import nnx
 
 import f2pad_jax
-from f2pad_jax import CFlow, CheckpointError, OptionError
 from f2pad_jax.backbones import BACKBONES, find_network
-from f2pad_jax.detectors import fit as fit_module
-from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.detectors.cflow import (
-    Coupling,
-    Flow,
-    batches,
-    enlarged_aligned,
-    learning_rates,
-    position_encoding,
-    rotated,
-    train,
-)
+from f2pad_jax.detectors import CFlow, NormalImages
+from f2pad_jax.detectors import calibration as calibration_module
+from f2pad_jax.detectors._flow import Coupling, Flow
+from f2pad_jax.detectors._training import batches, rate_factors, rotated, train
+from f2pad_jax.detectors.cflow import enlarged_aligned, position_encoding
+from f2pad_jax.errors import CheckpointError, OptionError
 
 SIZE = 64
 SIDES = (16, 8)
@@ -232,7 +225,7 @@ def test_learning_rate_is_the_published_one_at_every_batch(meta_epochs):
     moments = [(epoch, sub, i) for epoch in range(meta_epochs) for sub in range(sub_epochs) for i in range(num_batches)]
     expected = [published_rate(2e-4, *moment, meta_epochs, sub_epochs, num_batches) for moment in moments]
     epochs = np.array([epoch + (sub + i / num_batches) / sub_epochs for epoch, sub, i in moments])
-    np.testing.assert_allclose(2e-4 * learning_rates(epochs, meta_epochs), expected, rtol=1e-6)
+    np.testing.assert_allclose(2e-4 * rate_factors(epochs, meta_epochs), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +288,7 @@ def test_training_finds_a_distribution_that_depends_on_the_position():
     losses = []
     for epoch in range(epochs):
         order = batches(rng, len(vectors), 256)
-        rates = learning_rates(epoch + np.arange(len(order)) / len(order), epochs)
+        rates = rate_factors(epoch + np.arange(len(order)) / len(order), epochs)
         flow, state, loss = train(flow, state, vectors, conditions, jnp.asarray(order), 2e-2 * jnp.asarray(rates))
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.3
@@ -663,7 +656,7 @@ def test_file_is_kept_until_all_is_measured(shallowest, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise Interruption
 
-    for holder, name in ((CFlow, "with_peaks"), (fit_module, "best_threshold")):
+    for holder, name in ((CFlow, "with_peaks"), (calibration_module, "best_threshold")):
         with monkeypatch.context() as power_cut:
             power_cut.setattr(holder, name, stop)
             with pytest.raises(Interruption):

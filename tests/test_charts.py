@@ -2,7 +2,18 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from f2pad_jax.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_file, bar_chart, inline, line_chart
+from f2pad_jax.evaluation._charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    bar_chart,
+    embedded,
+    line_chart,
+    standalone,
+)
 
 
 def texts(svg):
@@ -35,5 +46,5 @@ def test_bars_stand_on_zero_and_what_is_missing_has_none():
 
 def test_a_file_names_its_namespace_and_a_page_does_not():
     svg = line_chart("title", {"one": [0.0, 1.0]}, x="step", y="loss")
-    assert ElementTree.fromstring(as_file(svg)).tag == "{http://www.w3.org/2000/svg}svg"
-    assert ElementTree.fromstring(svg).tag == "svg" and inline(as_file(svg).decode()) == svg
+    assert ElementTree.fromstring(standalone(svg)).tag == "{http://www.w3.org/2000/svg}svg"
+    assert ElementTree.fromstring(svg).tag == "svg" and embedded(standalone(svg).decode()) == svg

@@ -3,15 +3,19 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import PIL.Image
 import pytest
 from conftest import SIZE
 
-from f2pad_jax import CFlow, PaDiM, cli, files, load_detector
-from f2pad_jax.cli import main
+from f2pad_jax import Settings, __version__, load_detector
+from f2pad_jax.commands import COMMANDS, _console, main
+from f2pad_jax.commands import _refine_files as refine_files
+from f2pad_jax.detectors import CFlow, PaDiM
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def model(normal_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flat_folder(tmp_path_factory):
-    """Four small images of six flat colours, of which pixel priors and backbones make short work."""
+    """Four small images of six flat colours, on which fits are fast."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("flat")
     colours = rng.integers(0, 256, (6, 3)).astype(np.uint8)
     for i in range(4):
@@ -54,7 +58,7 @@ def unwritable(dir):
 
 
 def refused(capsys, *arguments):
-    """The one line the command says on refusing ``arguments``."""
+    """Returns the one line with which the command refuses its arguments."""
     assert main([str(a) for a in arguments]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("f2pad: error: ")
@@ -63,7 +67,7 @@ def refused(capsys, *arguments):
 
 
 def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, capsys):
-    """Colour, grey, alpha, palette and 16-bit images, in folders of their own."""
+    """The inputs are colour, grey, alpha, palette and 16-bit images in several folders."""
     rgb = PIL.Image.fromarray(texture.test[0].image)
     grey = np.asarray(rgb.convert("L"))
     inputs = {
@@ -89,6 +93,7 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
         mask = np.asarray(PIL.Image.open(out / records[name]["mask"]))
         assert set(np.unique(mask)) <= {0, 255}
         assert (mask > 0).sum() == records[name]["anomalous_pixels"]
+        assert records[name]["inpainter"] == "exemplar" and records[name]["sparsity"] == Settings().sparsity
     assert records["colour/a.png"]["anomalous_pixels"] > 0
     assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0
     assert not list(out.rglob(".*")), "no temporary file is left"
@@ -100,21 +105,21 @@ def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, m
     for name, image in (("a", texture.test[0].image), ("b", texture.train[0]), ("c", texture.train[1])):
         PIL.Image.fromarray(image).save(folder / f"{name}.png")
     command = ["refine", str(model), str(folder), "--out", str(out)]
-    write = files.written
+    write = refine_files.written
 
     def stopped(path, *rest):
         if path.stem == "c":
             raise KeyboardInterrupt
         return write(path, *rest)
 
-    monkeypatch.setattr(files, "written", stopped)
+    monkeypatch.setattr(refine_files, "written", stopped)
     assert main(command) == 130
     assert not (out / "results.json").exists()
     mask = (out / "a_mask.png").read_bytes()
-    PIL.Image.fromarray(texture.train[2]).save(folder / "b.png")  # another picture: its result is no longer its own
+    PIL.Image.fromarray(texture.train[2]).save(folder / "b.png")  # the file changed, so its result is no longer valid
 
     again = []
-    monkeypatch.setattr(files, "written", lambda path, *rest: again.append(path.stem) or write(path, *rest))
+    monkeypatch.setattr(refine_files, "written", lambda path, *rest: again.append(path.stem) or write(path, *rest))
     assert main(command) == 0
     assert again == ["b", "c"] and "3 images (1 of them before)" in capsys.readouterr().out
     records = json.loads((out / "results.json").read_text())["images"]
@@ -123,7 +128,7 @@ def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, m
     assert not (out / "results.partial").exists()
 
 
-def test_images_in_a_bucket_are_refined_as_files_are(model, defective, tmp_path):
+def test_images_in_a_bucket_are_refined_like_files(model, defective, tmp_path):
     system = pytest.importorskip("fsspec").filesystem("memory")
     system.pipe("/cli/parts/x.png", defective.read_bytes())
     for source, out in (("memory://cli/parts", "bucket"), (defective, "file")):
@@ -137,7 +142,7 @@ def test_images_in_a_bucket_are_refined_as_files_are(model, defective, tmp_path)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_results_of_another_model_are_not_gone_on_with(model, tmp_path, texture):
+def test_results_of_another_model_are_not_kept(model, tmp_path, texture):
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.partial").write_text('{"model": "another"}\n{"image": "x.png"}\n')
@@ -165,8 +170,8 @@ def test_bad_folders_to_fit(tmp_path, normal_folder, capsys, monkeypatch):
     model = tmp_path / "x.model"
     (tmp_path / "file").touch()
     assert "not a folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path / "file" / "x.model")
-    with monkeypatch.context() as readonly:  # whoever runs the tests may write everywhere
-        readonly.setattr(cli.tempfile, "TemporaryFile", unwritable)
+    with monkeypatch.context() as readonly:  # root may write to any folder
+        readonly.setattr(tempfile, "TemporaryFile", unwritable)
         assert "Permission denied" in refused(capsys, "fit", normal_folder, "--out", tmp_path / "new" / "x.model")
     assert "no such folder" in refused(capsys, "fit", tmp_path / "missing", "--out", model)
     (tmp_path / "empty").mkdir()
@@ -186,9 +191,9 @@ def test_progress_is_lines_where_there_is_no_terminal(flat_folder, tmp_path, cap
         assert main(["fit", str(flat_folder), "--out", str(tmp_path / "x.model"), *small]) == 0
         return capsys.readouterr().err.splitlines()
 
-    monkeypatch.setattr(cli, "EVERY", 1e6)
+    monkeypatch.setattr(_console, "LINE_INTERVAL_S", 1e6)
     assert fit() == []
-    monkeypatch.setattr(cli, "EVERY", 0.0)
+    monkeypatch.setattr(_console, "LINE_INTERVAL_S", 0.0)
     lines = fit()
     assert len(lines) > 3 and all(re.fullmatch(r"\d\d:\d\d:\d\d \D.* \d+/\d+", line) for line in lines)
 
@@ -254,7 +259,7 @@ def test_whole_numbers_may_be_written_with_a_point(flat_folder, tmp_path):
     assert detector.num_candidates == 5 and type(detector.num_candidates) is int and len(detector.memory_bank) == 40
 
 
-def test_an_unknown_method_is_refused_with_those_known(flat_folder, tmp_path, capsys):
+def test_an_unknown_method_is_refused_with_a_list_of_known_ones(flat_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", str(flat_folder), "--out", str(tmp_path / "x.model"), "--method", "spade"])
     assert stop.value.code == 2
@@ -293,7 +298,7 @@ def test_bad_models(model, defective, tmp_path, capsys):
 
 
 def test_damaged_backbone_weights(model, defective, tmp_path, capsys, monkeypatch):
-    from f2pad_jax import load_backbone
+    from f2pad_jax.backbones import load_backbone
 
     monkeypatch.setenv("F2PAD_CACHE", str(tmp_path / "cache"))
     load_backbone("efficientnet-lite0")
@@ -325,3 +330,21 @@ def test_help_and_version(capsys):
             main([option])
         assert stop.value.code == 0
     assert "f2pad" in capsys.readouterr().out
+
+
+def test_every_command_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    names = re.findall(r"^    ([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == len(COMMANDS) + 1, "fit and tune share a module"
+    for name in names:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: f2pad {name}")
+
+
+def test_the_command_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "f2pad_jax.commands", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"f2pad-jax {__version__}\n"

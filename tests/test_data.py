@@ -10,12 +10,13 @@ import scipy.ndimage
 import scipy.stats
 import skimage
 
-from f2pad_jax import ImageError
+from f2pad_jax.data import load_texture, open_categories, write_textures
 from f2pad_jax.data.cutpaste import FAR, irregular_shape, paste_flat, paste_noise, paste_stain, paste_tint
-from f2pad_jax.data.images import SUFFIXES, check_images, list_images, read_image, state_of, write_png
-from f2pad_jax.data.mvtec import open_categories
-from f2pad_jax.data.textures import NAMES, load_texture, write_textures
-from f2pad_jax.units import HIGHEST, LOWEST, STD, denormalise, normalise, resized, to_unit
+from f2pad_jax.data.textures import NAMES
+from f2pad_jax.errors import ImageError
+from f2pad_jax.images import HIGHEST, LOWEST, STD, denormalise, list_images, normalise, read_image, to_unit, write_png
+from f2pad_jax.images.files import SUFFIXES, check_images, state_of
+from f2pad_jax.images.pixels import resized
 
 H, W = 24, 32
 

@@ -5,14 +5,12 @@ import PIL.Image
 import pytest
 import scipy.ndimage
 
-from f2pad_jax import ImageError, OptionError
-from f2pad_jax.data import dataset
-from f2pad_jax.data.cutpaste import FAR, blended, paste_flat
-from f2pad_jax.data.dataset import AREA, foreground, make_dataset, read_manifest, rebuild_dataset, scratch
-from f2pad_jax.data.images import read_image, write_png
-from f2pad_jax.data.mvtec import open_category, read_mask
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.units import STD
+from f2pad_jax.data import dataset, load_texture, make_dataset, open_category, protocols, read_mask, rebuild_dataset
+from f2pad_jax.data.cutpaste import FAR, blend, paste_flat
+from f2pad_jax.data.dataset import read_manifest
+from f2pad_jax.data.protocols import AREA, foreground, scratch
+from f2pad_jax.errors import ImageError, OptionError, RunError
+from f2pad_jax.images import STD, read_image, write_png
 
 SIZE = (64, 64)
 
@@ -120,7 +118,7 @@ def test_data_sets_are_not_mixed(root, tmp_path, monkeypatch):
         make_dataset(root, tmp_path / "killed", categories=["grass"], count=4, size=SIZE)
     (tmp_path / "own" / "grass").mkdir(parents=True)
     for folder, options in (("four", {"count": 2}), ("four", {"seed": 1}), ("killed", {"count": 2}), ("own", {"count": 4})):
-        with pytest.raises(ImageError, match="holds other images"):
+        with pytest.raises(RunError, match="holds other images"):
             make_dataset(root, tmp_path / folder, categories=["grass"], size=SIZE, **{"count": 4, **options})
     assert files(tmp_path / "four") == expected
     for folder in ("four", "killed"):
@@ -192,7 +190,7 @@ def test_blended_edges_are_anomalous_where_half_is_changed():
     mask = np.zeros((40, 40), bool)
     mask[10:30, 10:30] = True
     normal, changed = np.zeros((40, 40, 3), np.float32), np.ones((40, 40, 3), np.float32)
-    made = blended(normal, changed, mask, 1.5)
+    made = blend(normal, changed, mask, 1.5)
     np.testing.assert_array_equal(made.mask, made.image[..., 0] >= 0.5)
     assert made.image[20, 20, 0] == pytest.approx(1, abs=1e-5) and 0.5 < made.image[20, 10, 0] < 0.8
     assert np.array_equal(made.mask[20], mask[20])
@@ -203,6 +201,6 @@ def test_what_cannot_be_made_is_refused(root, tmp_path, monkeypatch):
         make_dataset(root, tmp_path, protocol="easy")
     with pytest.raises(OptionError, match="at least one image"):
         make_dataset(root, tmp_path, count=0)
-    monkeypatch.setattr(dataset, "AREA", (0.9, 0.95))
+    monkeypatch.setattr(protocols, "AREA", (0.9, 0.95))
     with pytest.raises(ImageError, match="no ground truth's shape fits"):
         make_dataset(root, tmp_path, categories=["capsule"], count=1, size=SIZE)

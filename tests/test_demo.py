@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from f2pad_jax.cli import main
-from f2pad_jax.demo import run_demo
+from f2pad_jax.commands import main
+from f2pad_jax.commands._textures_demo import run_demo
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from f2pad_jax import ImageError, Mixture, OptionError, Settings
-from f2pad_jax.cli import main
-from f2pad_jax.data.images import write_png
-from f2pad_jax.data.mvtec import open_category
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.detectors.fit import Trial
-from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.evaluate import FULL, Case, _generated, _training, evaluate, load_images, summarise
-from f2pad_jax.evaluation.tables import GROUPS, write_tables
+from f2pad_jax import Settings
+from f2pad_jax.commands import main
+from f2pad_jax.data import load_texture, open_category
+from f2pad_jax.detectors.registry import DETECTORS, TITLES
+from f2pad_jax.errors import OptionError, RunError
+from f2pad_jax.evaluation import evaluate, write_tables
+from f2pad_jax.evaluation._figures import GROUPS
+from f2pad_jax.evaluation._store import load_images
+from f2pad_jax.evaluation._summary import summarise
+from f2pad_jax.evaluation.cases import FULL, Case, training_images
+from f2pad_jax.evaluation.runs import generate_defects
+from f2pad_jax.images import metrics, write_png
+from f2pad_jax.method import Mixture
 from f2pad_jax.progress import silent
+from f2pad_jax.tuning import Trial
 
 SIZE = 96
 COLUMNS = "category method backbone protocol setting variant images iou dice coarse_iou coarse_dice steps seconds_per_image"
@@ -65,6 +70,16 @@ def test_results_are_records_of_every_variant_and_peer(out):
     assert full["iou"] > full["coarse_iou"] and full["iou"] > 0.4 and full["steps"] > 10
     assert full["boundary_f1_1"] <= full["boundary_f1_3"] and full["auroc"] > 0.9
     assert plain["iou"] == plain["coarse_iou"] == full["coarse_iou"]
+
+
+def test_a_case_keeps_its_settings_and_the_sparsity_in_force(out):
+    case = json.loads((out / "runs" / "real-normal-brick-patchcore-efficientnet-lite0" / "case.json").read_text())
+    assert case["settings"] == Settings().described() and case["inpainter"] == "exemplar"
+    assert case["sparsity"] == pytest.approx(Settings().sparsity)  # not tuned, and PatchCore's factor is 1
+
+
+def test_every_method_has_a_title():
+    assert set(TITLES) == set(DETECTORS)
 
 
 def test_figures_are_those_of_the_masks_kept(root, out):
@@ -201,34 +216,34 @@ def interrupt(stage, done, total):
 
 
 def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkeypatch):
-    another = pytest.raises(ImageError, match="holds a run with another size, seed, tuning, inpainter or settings")
+    another = pytest.raises(RunError, match="holds a run with another size, seed, tuning, inpainter or settings")
     with another:
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
-    monkeypatch.setattr("f2pad_jax.evaluation.evaluate.Settings", lambda: Settings(decision=Mixture(faint=0.1)))
+    monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(relative_floor=0.1)))
     with another:
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE))
 
 
 def test_generated_defects_are_made_once(root, tmp_path):
     data = tmp_path / "data"
-    _generated(root, data, "cut-paste", None, 2, (SIZE, SIZE), 0, silent)
+    generate_defects(root, data, "cut-paste", None, 2, (SIZE, SIZE), 0, silent)
     assert len(open_category(data / "brick").test) == 2
     written = (data / "manifest.json").stat().st_mtime_ns
-    _generated(root, data, "cut-paste", ["brick"], 2, (SIZE, SIZE), 0, silent)
+    generate_defects(root, data, "cut-paste", ["brick"], 2, (SIZE, SIZE), 0, silent)
     assert (data / "manifest.json").stat().st_mtime_ns == written
     for changed in ((3, (SIZE, SIZE), 0), (2, (64, 64), 0), (2, (SIZE, SIZE), 1)):
-        with pytest.raises(ImageError, match="another data set"):
-            _generated(root, data, "cut-paste", None, *changed, silent)
+        with pytest.raises(RunError, match="another data set"):
+            generate_defects(root, data, "cut-paste", None, *changed, silent)
 
 
 def test_few_shots_are_sixteen_of_the_training_images(root):
     paths = [Path(f"{k}.png") for k in range(40)]
     category = open_category(root / "brick")._replace(train=paths)
     normal, few = (Case("brick", "patchcore", "resnet18", "real", s) for s in ("normal", "few-shot"))
-    assert _training(normal, category, 0) == paths
-    chosen = _training(few, category, 0)
-    assert len(set(chosen)) == 16 and set(chosen) < set(paths) and chosen == _training(few, category, 0)
-    assert chosen != _training(few, category, 1)
+    assert training_images(normal, category, 0) == paths
+    chosen = training_images(few, category, 0)
+    assert len(set(chosen)) == 16 and set(chosen) < set(paths) and chosen == training_images(few, category, 0)
+    assert chosen != training_images(few, category, 1)
 
 
 def test_what_is_unknown_is_refused(root, tmp_path, capsys):

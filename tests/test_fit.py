@@ -11,29 +11,16 @@ import pytest
 from conftest import calibration, smooth_image
 from scipy.spatial.distance import cdist
 
-from f2pad_jax import (
-    AbstractDetector,
-    Backbone,
-    Calibration,
-    CheckpointError,
-    ImageError,
-    ModelError,
-    NormalImages,
-    PaDiM,
-    PatchCore,
-    calibrate,
-    fit,
-    load_backbone,
-    load_detector,
-    refine,
-    save_detector,
-)
+from f2pad_jax import fit, load_detector, refine, save_detector
+from f2pad_jax.backbones import Backbone, load_backbone
+from f2pad_jax.data import load_texture
 from f2pad_jax.data.cutpaste import paste_noise, paste_stain, paste_tint
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.detectors.fit import MAX_HELD_OUT, split
+from f2pad_jax.detectors import AbstractDetector, Calibration, NormalImages, PaDiM, PatchCore, calibrate
+from f2pad_jax.detectors.fitting import MAX_HELD_OUT, split
 from f2pad_jax.detectors.patchcore import embed
-from f2pad_jax.evaluation.metrics import iou
-from f2pad_jax.units import MEAN, STD, normalise, to_unit
+from f2pad_jax.errors import CheckpointError, ImageError, ModelError
+from f2pad_jax.images import MEAN, STD, normalise, to_unit
+from f2pad_jax.images.metrics import iou
 
 SIDE = 64
 SIZE = (SIDE, SIDE)
@@ -69,7 +56,7 @@ class Blocks(AbstractDetector):
         seen = np.stack([images.pixels(i) for i in range(len(images))])
         return cls(backbone, images.size, tuple(map(jnp.concatenate, means)), jnp.asarray(seen), power)
 
-    def raw_scores(self, image, where):
+    def raw_scores(self, image, context):
         def score(side, known):
             apart = jnp.sum((block_means(image, side)[:, :, None] - known) ** 2, axis=-1)
             return jnp.min(apart, axis=-1) ** self.power
@@ -229,7 +216,7 @@ class Colour(AbstractDetector):
     def fit(cls, images, backbone, *, seed=0, progress=None):
         return cls(backbone, images.size, jnp.mean(jnp.stack([*images]), axis=(0, 1, 2)))
 
-    def raw_scores(self, image, where):
+    def raw_scores(self, image, context):
         return (jnp.sum((image - self.colour) ** 2, axis=-1),)
 
     def anomaly_map(self, image):
@@ -289,7 +276,7 @@ def pasted():
 def calibrated(normals, pasted):
     """A detector calibrated on two images, with a watch on what is pasted on them."""
     with pytest.MonkeyPatch.context() as watch:
-        module = sys.modules["f2pad_jax.detectors.fit"]
+        module = sys.modules["f2pad_jax.detectors.calibration"]
         for paste in (paste_tint, paste_stain, paste_noise):
 
             def watched(rng, normal, mask, paste=paste):

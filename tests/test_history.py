@@ -6,8 +6,9 @@ import PIL.Image
 import pytest
 from conftest import SIZE
 
-from f2pad_jax import ImageError, OptionError, Outcome, Settings, history, refine
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax import Outcome, Settings, history, refine
+from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.images.metrics import iou
 
 SETTINGS = Settings(max_steps=55)
 
@@ -37,7 +38,7 @@ def test_the_terms_add_up_to_the_objective(found):
 
 
 def test_it_is_what_refine_does(found, detector, image):
-    result = jax.tree.map(np.asarray, refine(detector, image, settings=SETTINGS))
+    result = jax.tree.map(np.asarray, refine(detector, image, settings=SETTINGS, windows=True))
     assert iou(found.masks[-1], result.mask) > 0.85
     outside = ~result.region
     np.testing.assert_allclose(found.n[:, outside], np.broadcast_to(found.image[outside], (7, outside.sum(), 3)), atol=1e-6)
@@ -69,7 +70,7 @@ def test_a_good_image_has_no_history(detector, texture, tmp_path):
 
 
 def test_a_region_that_covers_the_image(detector, image):
-    covered = history(detector, image, settings=Settings(spill=-1.0))
+    covered = history(detector, image, settings=Settings(hysteresis=-1.0))
     assert covered.outcome == Outcome.COVERS_IMAGE and covered.masks[0].any()
 
 

@@ -5,8 +5,9 @@ import skimage.measure
 import skimage.segmentation
 import sklearn.metrics
 
-from f2pad_jax.evaluation.metrics import aupro, auroc, average_precision, best_threshold, boundary_f1, dice, f1_max, iou
-from f2pad_jax.evaluation.pictures import OUTLINE, gallery, overlay, to_uint8
+from f2pad_jax.images import gallery, overlay
+from f2pad_jax.images.metrics import aupro, auroc, average_precision, best_threshold, boundary_f1, dice, f1_max, iou
+from f2pad_jax.images.pictures import OUTLINE, to_uint8
 
 
 def random_masks(seed):

@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from f2pad_jax import ImageError
-from f2pad_jax.data.mvtec import open_categories, open_category, read_mask
+from f2pad_jax.data import open_categories, open_category, read_mask
+from f2pad_jax.errors import ImageError
 
 
 def picture(path, values):
@@ -39,14 +39,14 @@ def test_a_data_set_is_its_categories_files(root):
     ]
     assert nut.masks == [root / "nut" / "ground_truth" / "crack" / "000_mask.png"]
     assert nut.test[0].truth((20, 24)).sum() == 30 and not nut.test[1].truth((20, 24)).any()
-    assert [category.name for category in open_categories(root, ["nut"])] == ["nut"]
+    assert [category.name for category in open_categories(root, names=["nut"])] == ["nut"]
 
 
 def test_ground_truth_is_resized_by_nearest_neighbour(root):
     path = root / "nut" / "ground_truth" / "crack" / "000_mask.png"
     mask = read_mask(path)
-    np.testing.assert_array_equal(read_mask(path, (40, 48)), mask.repeat(2, 0).repeat(2, 1))
-    np.testing.assert_array_equal(read_mask(path, (20, 24)), mask)
+    np.testing.assert_array_equal(read_mask(path, size=(40, 48)), mask.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(read_mask(path, size=(20, 24)), mask)
     picture(path, np.where(mask, 128, 127).astype(np.uint8))
     np.testing.assert_array_equal(read_mask(path), mask)
 
@@ -57,7 +57,7 @@ def test_what_is_missing_is_named(root, tmp_path):
     with pytest.raises(ImageError, match="no category in it"):
         open_categories(root / "papers")
     with pytest.raises(ImageError, match="screw: no such folder"):
-        open_categories(root, ["screw"])
+        open_categories(root, names=["screw"])
     mask = root / "nut" / "ground_truth" / "crack" / "000_mask.png"
     mask.rename(mask.with_name("other.png"))
     with pytest.raises(ImageError, match=r"000\.jpg: its ground truth .* is missing"):

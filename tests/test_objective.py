@@ -8,8 +8,10 @@ import pytest
 import scipy.spatial.distance
 from conftest import calibration
 
-from f2pad_jax import AbstractDetector, Backbone, Calibration, Log, PixelPrior, Problem, fit_prior
-from f2pad_jax.objective import (
+from f2pad_jax.backbones import Backbone
+from f2pad_jax.detectors import AbstractDetector, Calibration, PixelPrior, fit_prior
+from f2pad_jax.objective import Log, Problem
+from f2pad_jax.objective.problem import (
     feature_loss,
     norm,
     paper_weight,
@@ -39,7 +41,7 @@ class LinearDetector(AbstractDetector):
     def stride(self):
         return 8
 
-    def raw_scores(self, image, where):
+    def raw_scores(self, image, context):
         h, w, _ = image.shape
         cells = [image.reshape(h // s, s, w // s, s, 3).mean((1, 3)) for s in (4, 8)]
         return tuple(jnp.sum((c @ self.projection - self.centre) ** 2, axis=-1) for c in cells)

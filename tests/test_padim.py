@@ -9,9 +9,7 @@ import scipy.ndimage
 from conftest import calibration, check_map_of_batches, maps_of, smooth_image
 from sklearn.covariance import EmpiricalCovariance
 
-from f2pad_jax import PaDiM
-from f2pad_jax.detectors import padim
-from f2pad_jax.detectors.base import NormalImages
+from f2pad_jax.detectors import NormalImages, PaDiM, padim
 from f2pad_jax.detectors.padim import Full, LowRank, quadratic
 from f2pad_jax.errors import OptionError
 

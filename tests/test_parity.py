@@ -20,10 +20,12 @@ import pytest
 import skimage.data
 from flax import nnx
 
-from f2pad_jax import CheckpointError, load_backbone
-from f2pad_jax.backbones import BACKBONES, NETWORKS, Backbone, mae
-from f2pad_jax.backbones.conversion import convert, parameter_shapes
-from f2pad_jax.inpaint import MAE
+from f2pad_jax.backbones import BACKBONES, Backbone, load_backbone
+from f2pad_jax.backbones import _mae as mae
+from f2pad_jax.backbones._conversion import convert, parameter_shapes
+from f2pad_jax.backbones.backbone import NETWORKS
+from f2pad_jax.errors import CheckpointError
+from f2pad_jax.inpainting import MAE
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # on a busy machine threads wait for each other: minutes instead of seconds
@@ -216,7 +218,7 @@ class Loaded(NamedTuple):
 
 def load(name: str, weights: Path, layers: tuple[str, ...] | None = None) -> Loaded:
     backbone = load_backbone(name, layers=layers, weights=weights)
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):
+    with mock.patch("f2pad_jax.backbones._layers.on_cpu", return_value=False):
         return Loaded(backbone, load_backbone(name, layers=layers, weights=weights))
 
 

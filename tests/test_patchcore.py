@@ -9,10 +9,11 @@ import pytest
 import scipy.ndimage
 from conftest import calibration, maps_of, smooth_image
 
-from f2pad_jax import NormalImages, OptionError, PatchCore
+from f2pad_jax.detectors import NormalImages, PatchCore
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.detectors.patchcore import BLOCK, Candidates, coreset, embed, nearest
-from f2pad_jax.units import MEAN, STD, normalise
+from f2pad_jax.errors import OptionError
+from f2pad_jax.images import MEAN, STD, normalise
 
 SIZE, SIDE, CHANNELS = 64, 32, 80
 POSITIONS = SIDE * SIDE

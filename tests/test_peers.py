@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax.data.textures import load_texture
-from f2pad_jax.evaluation.metrics import iou
+from f2pad_jax.data import load_texture
 from f2pad_jax.evaluation.peers import grabcut, guided_filter, guided_mask, stable_mask
+from f2pad_jax.images.metrics import iou
 
 
 @pytest.fixture(scope="module")

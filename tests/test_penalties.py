@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2pad_jax import L0, L1, MCP, Log
+from f2pad_jax.objective import L0, L1, MCP, Log
 
 PENALTIES = [Log(), Log(0.01), L1(), L0(), MCP(), MCP(0.1)]
 

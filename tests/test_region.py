@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from f2pad_jax.region import (
-    affected_positions,
-    dilate,
-    divided,
-    filled,
-    opened,
-    own_size,
-    reached,
-    suspect_region,
-    window_offset,
-    window_size,
-)
+from f2pad_jax.images._morphology import dilate, filled, opened, reached
+from f2pad_jax.method._tiling import crop_size, divided, window_offset, window_size
+from f2pad_jax.method.coarse import suspect_region
+from f2pad_jax.objective.problem import affected_positions
 
 SIDE = 41
 DILATION = 3
@@ -274,7 +266,7 @@ def test_the_box_of_a_larger_image_holds_region_and_margin_in_as_few_quarters_of
     for (y1, x1, y2, x2), mask in boxes((128, 160), count=60):
         window = window_size(mask, 4, 8, (32, 64, 96))
         quarters = [math.ceil(window[axis] * full[axis] / mask.shape[axis] / 4) for axis in (0, 1)]
-        size = own_size(mask, window, full, 6)
+        size = crop_size(mask, window, full, 6)
         needed = 5 * (y2 - y1) + 12, 3.5 * (x2 - x1) + 12
         counts = [-(-size[axis] // quarters[axis]) for axis in (0, 1)]
         assert all(size[axis] == min(max(counts) * quarters[axis], full[axis]) for axis in (0, 1))
@@ -285,11 +277,11 @@ def test_the_box_of_a_larger_image_holds_region_and_margin_in_as_few_quarters_of
 def test_the_box_is_the_window_at_one_size_and_the_image_without_a_margin():
     mask = np.zeros((64, 96), bool)
     mask[30:34, 30:34] = True
-    assert own_size(mask, (32, 32), (64, 96), 8) == own_size(mask, (32, 32), (64, 96), None) == (32, 32)
-    assert own_size(mask, (32, 32), (640, 960), None) == (640, 960)
-    assert own_size(mask, (32, 32), (640, 960), 8) == (80, 80)
-    assert own_size(mask, (32, 32), (32, 48), 8) == (20, 20)  # more pixels than the window's sixteen
-    assert own_size(np.zeros_like(mask), (32, 32), (640, 960), 8) == (80, 80)
+    assert crop_size(mask, (32, 32), (64, 96), 8) == crop_size(mask, (32, 32), (64, 96), None) == (32, 32)
+    assert crop_size(mask, (32, 32), (640, 960), None) == (640, 960)
+    assert crop_size(mask, (32, 32), (640, 960), 8) == (80, 80)
+    assert crop_size(mask, (32, 32), (32, 48), 8) == (20, 20)  # more pixels than the window's sixteen
+    assert crop_size(np.zeros_like(mask), (32, 32), (640, 960), 8) == (80, 80)
 
 
 SIZES = (64, 96, 128)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from f2pad_jax import Sharing
+from f2pad_jax.solvers import Sharing
 
 SIGMA0, SIGMA1, RADIUS = 1.1, 3.0, 5
 

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from f2pad_jax import CheckpointError
-from f2pad_jax.torchfile import read_torch_file
+from f2pad_jax.backbones._torchfile import read_torch_file
+from f2pad_jax.errors import CheckpointError
 
 STORAGES = {
     "DoubleStorage": np.float64,

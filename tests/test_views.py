@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import smooth_image
 
-from f2pad_jax.views import Box, View, scaled, scaled_mask, view_of
+from f2pad_jax.images._views import Box, View, scaled, scaled_mask, view_of
 
 NETWORK = (64, 64)
 
@@ -24,9 +24,9 @@ def test_a_window_sees_what_the_resize_of_the_whole_image_shows_there(size, plac
     @jax.jit
     def window(corner):
         box, own = Box(jnp.array([16, 8]), (32, 32)), Box(corner, change.shape[:2])
-        changed = own.crop(image) + change
+        changed = own.cut(image) + change
         view = view_of(box, own, shrunk(image), image)
-        return view(changed), box.crop(shrunk(own.paste(changed, image)))
+        return view(changed), box.cut(shrunk(own.paste(changed, image)))
 
     corner = jnp.array([round(place[axis] * (size[axis] - change.shape[axis])) for axis in (0, 1)])
     np.testing.assert_allclose(*window(corner), atol=1e-5)
@@ -35,7 +35,7 @@ def test_a_window_sees_what_the_resize_of_the_whole_image_shows_there(size, plac
 def test_an_image_of_the_networks_size_is_seen_as_it_is():
     box, image = Box(jnp.array([8, 16]), (32, 32)), jnp.asarray(smooth_image(0))
     view = view_of(box, box, image, image)
-    part, mask = box.crop(image), jnp.ones(NETWORK, bool)
+    part, mask = box.cut(image), jnp.ones(NETWORK, bool)
     assert view == View() and view.share == 1
     assert view(part) is part and view.touched(mask) is mask and view.back(part[..., 0]).shape == (32, 32)
     assert scaled(image, NETWORK) is image and scaled_mask(mask, NETWORK) is mask
@@ -79,11 +79,11 @@ def test_back_is_where_a_value_was_seen(tenth):
 def test_crop_and_paste():
     image = jnp.asarray(smooth_image(0))
     box = Box(jnp.array([5, 7]), (20, 30))
-    np.testing.assert_array_equal(box.crop(image), image[5:25, 7:37])
+    np.testing.assert_array_equal(box.cut(image), image[5:25, 7:37])
     pasted = box.paste(jnp.zeros((20, 30, 3)), image)
     assert not pasted[5:25, 7:37].any()
     np.testing.assert_array_equal(pasted[25:], image[25:])
-    assert box.crop(image[..., 0] > 0.5).shape == (20, 30)
+    assert box.cut(image[..., 0] > 0.5).shape == (20, 30)
 
 
 def test_masks_are_cut_at_one_half():

@@ -1,4 +1,4 @@
-"""What the registry knows of a network, whatever its family."""
+"""Entry of the registry of networks."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -6,28 +6,29 @@ from typing import NamedTuple
 from flax import nnx
 
 Rules = tuple[tuple[str, str | Callable], ...]
-"""``(pattern, replacement)``: the start of a weight file's key, and of the canonical key it stands for.
+"""Pairs ``(pattern, replacement)``: pattern of the start of a weight file's key, and start of the canonical key.
 
-A canonical key is the path of a layer of our module, then ``weight`` or ``bias``, or ``norm.weight``, ``norm.bias``, … for
-the batch norm folded into it. A replacement is a template of :meth:`re.Match.expand`, in which ``{N+1}`` counts up, or a
-function of the match.
+A canonical key is the path of a layer in our module, then ``weight`` or ``bias``; for a folded batch norm, ``norm.weight``,
+``norm.bias``, … A replacement is a function of the match, or a template of :meth:`re.Match.expand`: ``{2+1}`` becomes 3.
 """
 
 
 class Network(NamedTuple):
-    """A network that can be built as deep as the deepest layer asked for, and filled from a weight file."""
+    """Network that can be built up to any of its layers and filled from a weight file."""
 
     build: Callable[[str], nnx.Module]
-    """The module through a layer of the given name: layers beyond it are not built, and need no weights."""
+    """Function from a layer's name to the module up to this layer, without deeper layers."""
     strides: Mapping[str, int]
-    """Pixels per position of each layer that can be tapped, shallow to deep."""
+    """Stride of each layer that can be tapped, pixels, shallow to deep."""
     default_layers: tuple[str, ...]
+    """Layers tapped by default."""
     layouts: Mapping[str, Rules]
-    """How known weight files name the tensors."""
+    """Renaming rules for each known kind of weight file."""
     deep_layers: tuple[str, ...] = ()
-    """The layers CFLOW-AD taps."""
+    """Layers tapped by CFLOW-AD."""
     batch_norm_eps: float = 0.0
+    """Constant ε of the folded batch norms."""
     local: bool = True
-    """Whether a position's features depend on its surroundings alone, and so are the same in a window of the image."""
+    """Whether receptive fields are bounded, so that a window of an image has the image's features."""
     missing_hint: str = ""
-    """What to add to the message when a tensor is missing."""
+    """Advice appended to the message about a missing tensor."""

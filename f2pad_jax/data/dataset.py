@@ -1,56 +1,30 @@
-"""``f2pad make-dataset``: synthetic defects on real normal images, in MVTec layout, with a manifest that rebuilds them.
+"""Data sets of ``f2pad make-dataset``: synthetic defects on real normal images, with a manifest that rebuilds them.
 
-Two protocols. ``cut-paste`` is the paper's (Section IV-A, Eq. 16): flat colours far from the pixels they cover, in shapes
-of ground truths, and for the capsule also parts from its other end. ``hard`` is what colour alone can't cut out: foreign
-texture, misplaced parts, faint tints, scratches of two or three pixels, all with soft edges.
+There are two protocols. ``cut-paste`` is the paper's (Section IV-A, Eq. 16): flat colours far from the pixels under them,
+in shapes of ground truths. For the capsule, it also pastes parts of another capsule's opposite end. ``hard`` has defects
+that colour alone can't separate: foreign texture, misplaced parts, faint tints and thin scratches, all with soft edges.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
-import scipy.ndimage
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import UInt8
 
-import f2pad_jax
-from f2pad_jax.checkpoints import write_atomically
-from f2pad_jax.data.cutpaste import Defective, blended, irregular_shape, paste_flat
-from f2pad_jax.data.images import read_image, write_png
-from f2pad_jax.data.mvtec import Category, open_categories, read_mask
-from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax._storage import write_atomically
+from f2pad_jax._version import __version__
+from f2pad_jax.data.mvtec import Category, open_categories
+from f2pad_jax.data.protocols import PROTOCOLS, Image, Mask, Sources, shows_objects
+from f2pad_jax.errors import ImageError, OptionError, RunError
+from f2pad_jax.images.files import read_image, write_png
 from f2pad_jax.progress import Progress, silent
-from f2pad_jax.units import STD
 
-Image = Float[np.ndarray, "h w 3"]
-Mask = Bool[np.ndarray, "h w"]
-
-AREA = (0.002, 0.13)
-"""Share of the image a defect covers; 0.13 is the paper's largest."""
 FORMAT = "f2pad-dataset-2"
-TRIES = 200
-"""Draws before a defect that doesn't fit is an error."""
-
-
-class Sources(NamedTuple):
-    """What one category's defects are made of; images are loaded when they are needed, by paths or other keys."""
-
-    category: str
-    image: Callable[[Any], Image]
-    """Loads an image at the data set's size, in 0..1."""
-    bases: Sequence[Any]
-    """Normal images held out of training, to paste on."""
-    normal: Sequence[Any]
-    """Normal images of the category to cut parts from."""
-    foreign: Sequence[Any]
-    """Normal images of the other categories."""
-    shapes: list[Path]
-    """Ground truths; where there are none, shapes are irregular blobs."""
-    is_object: bool = False
+"""Name of the manifest's format, with its version."""
 
 
 def make_dataset(
@@ -65,49 +39,53 @@ def make_dataset(
     lenders: list[str] | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write a data set of synthetic defects and ``manifest.json``; returns the manifest's path.
+    """Writes a data set of synthetic defects in MVTec layout, and its ``manifest.json``.
 
-    One in five of a category's training images, at most ``count``, and its good test images are pasted on, in turn; the
-    other training images are the new ones. Every image has a random stream of its own, so that fewer categories
-    change none.
+    Defects are pasted on one in five training images (at most ``count``) and on the good test images, in turn. The other
+    training images become training images of the new data set. Every defect has its own random stream: the choice of
+    categories changes no image.
 
     Args:
-        root: a data set in MVTec layout.
+        root: data set in MVTec layout.
         out: folder to write to.
-        categories: names of folders; default: all.
+        categories: names of the categories; default: all.
         protocol: one of :data:`PROTOCOLS`.
-        count: defective images of each category (paper: 54).
+        count: number of defective images in each category (paper: 54).
         size: height and width of the images.
-        seed: of everything drawn at random.
-        lenders: categories whose ground truths lend their shapes (without any, shapes are irregular blobs) and whose
-            images their texture; default: all there are.
-        progress: told how far it is.
+        seed: seed of everything drawn at random.
+        lenders: categories whose ground truths give the shapes and whose images give foreign texture; default: all. Without
+            a ground truth, shapes are irregular blobs.
+        progress: function that receives category, number done and total.
+
+    Returns:
+        The path of the manifest.
 
     Raises:
-        ImageError: ``root`` is no such data set, an image can't be read, or ``out`` holds another data set.
-        OptionError: the protocol is unknown, or ``count`` is less than 1.
+        ImageError: ``root`` is no such data set, or an image can't be used.
+        RunError: ``out`` holds another data set.
+        OptionError: the protocol is unknown, ``count`` is less than 1, or ``seed`` is negative.
     """
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol '{protocol}' is unknown; there are {', '.join(PROTOCOLS)}")
     if count < 1 or seed < 0:
-        raise OptionError(f"count {count} and seed {seed}: at least one image, and no negative seed")
+        raise OptionError(f"count {count} and seed {seed}: give at least one image, and a seed of at least 0")
     root, out = Path(root), Path(out)
-    found = open_categories(root, lenders, testing=False)
-    chosen = open_categories(root, categories, testing=False)
+    lending = open_categories(root, names=lenders, testing=False)
+    targets = open_categories(root, names=categories, testing=False)
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "version": f2pad_jax.__version__,
+        "version": __version__,
         "protocol": protocol,
         "count": count,
         "size": list(size),
         "seed": seed,
-        "lenders": [category.name for category in found],
+        "lenders": [category.name for category in lending],
         "categories": {},
     }
-    draft = _begun(out, manifest, [category.name for category in chosen])
-    used: set[Path] = set()
-    for category in chosen:
-        sources, train = _sources(category, found, size, count, seed)
+    draft = _write_draft(out, manifest, [category.name for category in targets])
+    files: set[Path] = set()
+    for category in targets:
+        sources, train = _sources(category, lending, size, count, seed)
         folder = out / category.name
         for k, path in enumerate(train):
             write_png(folder / "train" / "good" / f"{k:03}.png", np.rint(sources.image(path) * 255).astype(np.uint8))
@@ -116,19 +94,19 @@ def make_dataset(
             progress(category.name, k, count)
             rng = np.random.default_rng([seed, *(zlib.crc32(text.encode()) for text in (protocol, category.name)), k])
             base = sources.bases[k % len(sources.bases)]
-            kind, made, origins = PROTOCOLS[protocol](rng, sources, base, k)
-            pixels = np.rint(made.image * 255).astype(np.uint8)
+            kind, example, origins = PROTOCOLS[protocol](rng, sources, base, k)
+            pixels = np.rint(example.image * 255).astype(np.uint8)
             name = f"{kind}/{k:03}"
             write_png(folder / "test" / f"{name}.png", pixels)
-            write_png(folder / "ground_truth" / f"{name}_mask.png", made.mask)
-            used |= {base, *origins}
+            write_png(folder / "ground_truth" / f"{name}_mask.png", example.mask)
+            files |= {base, *origins}
             images.append(
                 {
                     "name": name,
                     "base": base.relative_to(root).as_posix(),
                     "from": [path.relative_to(root).as_posix() for path in origins],
-                    "area": float(made.mask.mean()),
-                    "sha256": digest(pixels, made.mask),
+                    "area": float(example.mask.mean()),
+                    "sha256": digest(pixels, example.mask),
                 }
             )
         progress(category.name, count, count)
@@ -137,31 +115,47 @@ def make_dataset(
             "train": [path.relative_to(root).as_posix() for path in train],
             "images": images,
         }
-        used |= set(train)
-    manifest["sources"] = {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(used)}
+        files |= set(train)
+    manifest["sources"] = {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)
+    }
     path = out / "manifest.json"
     write_atomically(path, json.dumps(manifest, indent=1).encode())
     draft.unlink()
     return path
 
 
-def _begun(out: Path, manifest: dict[str, Any], categories: list[str]) -> Path:
-    """Make sure that ``out`` holds no other data set; returns a file that says until the end which one is being made."""
+def _write_draft(out: Path, manifest: dict[str, Any], categories: list[str]) -> Path:
+    """Writes the options of the data set to a file that lies in ``out`` until the data set is complete.
+
+    Raises:
+        RunError: ``out`` holds another data set, or images without a manifest.
+    """
     draft = out / "manifest.partial"
-    wanted = {key: value for key, value in manifest.items() if key not in ("version", "categories")}
-    there = [read_manifest(file) for file in (out / "manifest.json", draft) if file.exists()]
-    other = next((name for name in categories if (out / name).exists()), None) if not there else None
-    if other or any(any(one.get(key) != value for key, value in wanted.items()) for one in there):
-        raise ImageError(f"{out / (other or '')}: holds other images; choose another folder to write to")
-    write_atomically(draft, json.dumps(wanted).encode())
+    options = {key: value for key, value in manifest.items() if key not in ("version", "categories")}
+    manifests = [read_manifest(file) for file in (out / "manifest.json", draft) if file.exists()]
+    foreign = next((name for name in categories if (out / name).exists()), None) if not manifests else None
+    if foreign or any(any(other.get(key) != value for key, value in options.items()) for other in manifests):
+        raise RunError(f"{out / (foreign or '')}: holds other images; choose another folder to write to")
+    write_atomically(draft, json.dumps(options).encode())
     return draft
 
 
 def rebuild_dataset(manifest: str | Path, root: str | Path, out: str | Path, *, progress: Progress = silent) -> Path:
-    """Make the data set of a manifest again from the same files, and check that every pixel is the same.
+    """Makes a data set again from its manifest and equal source files, and checks that every pixel is equal.
+
+    Args:
+        manifest: path of the manifest.
+        root: data set in MVTec layout that the manifest was made from.
+        out: folder to write to.
+        progress: function that receives category, number done and total.
+
+    Returns:
+        The path of the new manifest.
 
     Raises:
-        ImageError: the manifest is none, a source is missing or another file, or an image came out differently.
+        ImageError: the file is no manifest, a source is missing or differs, or an image came out differently.
+        RunError: ``out`` holds another data set.
     """
     root, expected = Path(root), read_manifest(manifest)
     for name, checksum in expected["sources"].items():
@@ -180,17 +174,19 @@ def rebuild_dataset(manifest: str | Path, root: str | Path, out: str | Path, *, 
         lenders=expected["lenders"],
         progress=progress,
     )
-    made = read_manifest(path)
+    actual = read_manifest(path)
     for name, category in expected["categories"].items():
-        for one, other in zip(category["images"], made["categories"][name]["images"], strict=True):
-            if one != other:
-                version = expected["version"]
-                raise ImageError(f"{name}/{one['name']}: came out differently; were files added, or is it of {version}?")
+        for before, after in zip(category["images"], actual["categories"][name]["images"], strict=True):
+            if before != after:
+                raise ImageError(
+                    f"{name}/{before['name']}: came out differently; either files were added to {root}, or version "
+                    f"{expected['version']}, which wrote the manifest, differs from this one"
+                )
     return path
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What a manifest says.
+    """Returns the content of a manifest.
 
     Raises:
         ImageError: the file is missing or no manifest.
@@ -200,158 +196,37 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: no manifest of a data set ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ImageError(f"{path}: no manifest of a data set this version wrote")
+        raise ImageError(f"{path}: no manifest of a data set in the format of this version")
     return content
 
 
 def digest(image: UInt8[np.ndarray, "h w 3"], mask: Mask) -> str:
-    """SHA-256 of the pixels of an image and its mask, whatever file they are in."""
+    """Returns the SHA-256 of the pixels of an image and its mask, independent of the file format."""
     return hashlib.sha256(image.tobytes() + np.packbits(mask).tobytes()).hexdigest()
 
 
 def _sources(
-    category: Category, found: list[Category], size: tuple[int, int], count: int, seed: int
+    category: Category, lending: list[Category], size: tuple[int, int], count: int, seed: int
 ) -> tuple[Sources, list[Path]]:
-    """What to make a category's defects of, and the images left for training."""
+    """Returns the sources of a category's defects, and the images left for training.
+
+    Raises:
+        ImageError: there are too few training images, or one can't be used.
+    """
     order = np.random.default_rng([seed, zlib.crc32(category.name.encode())]).permutation(len(category.train))
-    held_out = min(count, max(len(category.train) // 5, 1))
-    if held_out >= len(category.train):
+    num_held_out = min(count, max(len(category.train) // 5, 1))
+    if num_held_out >= len(category.train):
         raise ImageError(f"{category.train[0].parent}: one image is too few; some must be held out to paste on")
-    train = [category.train[i] for i in sorted(order[held_out:])]
+    train = [category.train[i] for i in sorted(order[num_held_out:])]
     good = [sample.path for sample in category.test if sample.mask is None]
-    bases = [category.train[i] for i in order[:held_out]] + good
-    foreign = [path for other in found if other.name != category.name for path in other.train]
-    shapes = [path for other in found for path in other.masks]
+    bases = [category.train[i] for i in order[:num_held_out]] + good
+    foreign = [path for other in lending if other.name != category.name for path in other.train]
+    shapes = [path for other in lending for path in other.masks]
 
     def image(path: Path) -> Image:
-        """Bilinear and antialiased by Pillow, whose integer arithmetic is the same on every processor."""
+        """Loads an image. Pillow resizes in integers: every processor gives equal pixels (bilinear, antialiased)."""
         small = PIL.Image.fromarray(read_image(path)).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
         return np.asarray(small, np.float32) / 255
 
     is_object = shows_objects(image(path) for path in train[:8])
     return Sources(category.name, image, bases, train, foreign, shapes, is_object), train
-
-
-def shows_objects(images: Iterable[Image]) -> bool:
-    """Whether most of the images show an object on a plain background."""
-    votes = [foreground(image) is not None for image in images]
-    return sum(votes) > len(votes) / 2
-
-
-def foreground(image: Image) -> Mask | None:
-    """The object on a plain background, or None: the image is all texture.
-
-    The frame of an image of an object is of one colour, from which much of the inside is far.
-    """
-    smooth = scipy.ndimage.gaussian_filter(image, (1, 1, 0))
-    frame = np.ones(image.shape[:2], bool)
-    width = max(2, min(frame.shape) // 25)
-    frame[width:-width, width:-width] = False
-    distance = np.linalg.norm(smooth - np.median(smooth[frame], axis=0), axis=-1)
-    outside, inside = (max(float(np.percentile(distance[part], 90)), 1e-3) for part in (frame, ~frame))
-    if inside < 3 * outside:
-        return None
-    labels = np.empty(frame.shape, np.int32)
-    scipy.ndimage.label(distance > np.sqrt(outside * inside), output=labels)
-    largest = 1 + np.argmax(np.bincount(labels.ravel())[1:])
-    solid = scipy.ndimage.binary_fill_holes(labels == largest)
-    return np.asarray(scipy.ndimage.binary_erosion(solid, border_value=1), bool)  # without the blur's halo
-
-
-def _where(rng: np.random.Generator, sources: Sources, base: Image) -> tuple[Mask, Path | None]:
-    """A ground truth's shape, resized to a random share of the image, at a random place, on the object if there is one."""
-    h, w = base.shape[:2]
-    on = foreground(base) if sources.is_object else None
-    on = np.ones((h, w), bool) if on is None else on
-    for _ in range(TRIES):
-        path = sources.shapes[rng.integers(len(sources.shapes))] if sources.shapes else None
-        shape = irregular_shape(rng, (h, w)) if path is None else read_mask(path)
-        target = rng.uniform(*AREA) * h * w
-        if not shape.any():
-            continue
-        rows, columns = (np.flatnonzero(shape.any(axis=axis)) for axis in (1, 0))
-        shape = shape[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        shape = scipy.ndimage.zoom(np.pad(shape, 1).astype(np.float32), np.sqrt(target / shape.sum()), order=1) > 0.5
-        if shape.shape[0] > h or shape.shape[1] > w:
-            continue
-        top, left = (rng.integers(0, room, endpoint=True) for room in (h - shape.shape[0], w - shape.shape[1]))
-        mask = np.zeros((h, w), bool)
-        mask[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
-        if np.sum(mask & on) >= 0.9 * np.sum(mask) and AREA[0] <= np.mean(mask & on) <= AREA[1]:
-            return mask & on, path
-    raise ImageError(f"{sources.category}: no ground truth's shape fits on the object in {TRIES} tries")
-
-
-Made = tuple[str, Defective, list]
-"""Kind of defect, image and mask, and what they come from besides the base."""
-
-
-def cut_paste(rng: np.random.Generator, sources: Sources, base: Any, k: int) -> Made:
-    """The paper's protocol, Eq. (16).
-
-    Every second of the capsule's defects is structural (footnote 1): a part from the left (right) of another normal image,
-    on the right (left).
-    """
-    image = sources.image(base)
-    mask, shape = _where(rng, sources, image)
-    origins = [shape] if shape else []
-    if sources.category == "capsule" and k % 2:
-        other = sources.normal[int(rng.integers(len(sources.normal)))]
-        swapped = np.roll(sources.image(other), image.shape[1] // 2, axis=1)
-        return "misplaced", Defective(np.where(mask[..., None], swapped, image), mask), [*origins, other]
-    return "colour", paste_flat(rng, image, mask), origins
-
-
-def hard(rng: np.random.Generator, sources: Sources, base: Any, k: int) -> Made:
-    """Foreign texture, a misplaced part, a faint tint and a scratch in turn, with soft edges; a texture has no parts."""
-    image = sources.image(base)
-    kinds = ["texture"] * bool(sources.foreign) + ["part"] * sources.is_object + ["tint", "scratch"]
-    kind = kinds[k % len(kinds)]
-    for _ in range(TRIES):
-        if kind == "scratch":
-            mask, origins = scratch(rng, foreground(image) if sources.is_object else None, image.shape[:2]), []
-        else:
-            mask, shape = _where(rng, sources, image)
-            origins = [shape] if shape else []
-        if kind in ("texture", "part"):
-            files = sources.foreign if kind == "texture" else sources.normal
-            other = files[int(rng.integers(len(files)))]
-            source = np.rot90(sources.image(other), int(rng.integers(4)))[:: rng.choice([-1, 1])]
-            if source.shape != image.shape:
-                continue
-            shift, on = rng.integers(image.shape[:2]), foreground(source)
-            if on is not None and np.mean(np.roll(on, shift, axis=(0, 1))[mask]) < 0.8:
-                continue  # the plain background is a flat colour
-            changed, origins = np.roll(source, shift, axis=(0, 1)), [*origins, other]
-        else:
-            direction = rng.standard_normal(3)
-            length = rng.uniform(0.35, 0.8) if kind == "tint" else rng.uniform(0.7, 1.6)
-            changed = image + (length * direction / np.linalg.norm(direction) * STD).astype(np.float32)
-        made = blended(image, changed, mask, rng.uniform(0.4, 0.6) if kind == "scratch" else rng.uniform(0.5, 1.5))
-        # what can't be seen, or is out of range, is no defect
-        difference = np.linalg.norm((np.rint(made.image * 255) / 255 - image) / STD, axis=-1)
-        if made.mask.any() and np.mean(difference[made.mask] > 0.2) > 0.8:
-            return kind, made, origins
-    raise ImageError(f"{base}: no {kind} that can be seen in {TRIES} tries")
-
-
-def scratch(rng: np.random.Generator, on: Mask | None, size: tuple[int, int]) -> Mask:
-    """A bent line, two or three pixels wide, a twentieth to a third of the image long, on the object if there is one."""
-    h, w = size
-    on = np.ones(size, bool) if on is None else on
-    starts = np.argwhere(scipy.ndimage.binary_erosion(on, iterations=min(size) // 20))
-    starts = starts if len(starts) else np.argwhere(on)
-    place, angle = starts[rng.integers(len(starts))].astype(float), rng.uniform(0, 2 * np.pi)
-    bend, width = rng.normal(0, 0.03), rng.integers(2, 3, endpoint=True)
-    mask = np.zeros(size, bool)
-    for _ in range(int(rng.uniform(0.05, 0.33) * min(size))):
-        y, x = np.floor(place).astype(int)
-        if not (0 <= y <= h - width and 0 <= x <= w - width):
-            break
-        mask[y : y + width, x : x + width] = True
-        angle += bend + rng.normal(0, 0.05)
-        place = place + np.array([np.sin(angle), np.cos(angle)])
-    return mask & on
-
-
-PROTOCOLS: dict[str, Callable[[np.random.Generator, Sources, Any, int], Made]] = {"cut-paste": cut_paste, "hard": hard}

@@ -1,4 +1,4 @@
-"""Folders in MVTec layout: ``CATEGORY/{train/good, test/KIND, ground_truth/KIND/STEM_mask.png}``."""
+"""Data sets in MVTec layout: ``CATEGORY/{train/good, test/KIND, ground_truth/KIND/STEM_mask.png}``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,49 +8,53 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool
 
-from f2pad_jax.data.images import list_images
 from f2pad_jax.errors import ImageError
+from f2pad_jax.images.files import list_images
 
 GOOD = "good"
+"""Name of the kind that has no defect."""
 RESIZING = "images bilinear and antialiased; ground truth by nearest neighbour, anomalous above half of full scale"
-"""How images and masks are brought to the size they are compared at; said with every table."""
+"""Description of how images and masks are resized, for every table."""
 
 
 class Sample(NamedTuple):
     """A test image."""
 
     path: Path
+    """Image file."""
     kind: str
-    """Of defect, or :data:`GOOD`."""
+    """Kind of defect, or :data:`GOOD`."""
     mask: Path | None
-    """Its ground truth; None: there is no defect."""
+    """File of the ground truth; None: no defect."""
 
     @property
     def name(self) -> str:
-        """Unique in its category: ``KIND/STEM``."""
+        """Name that is unique in the category: ``KIND/STEM``."""
         return f"{self.kind}/{self.path.stem}"
 
     def truth(self, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-        """The ground truth at ``size`` (height, width)."""
-        return np.zeros(size, bool) if self.mask is None else read_mask(self.mask, size)
+        """Returns the ground truth at ``size`` (height, width)."""
+        return np.zeros(size, bool) if self.mask is None else read_mask(self.mask, size=size)
 
 
 class Category(NamedTuple):
-    """The files of one category, sorted."""
+    """Files of one category, sorted."""
 
     name: str
+    """Name of the folder."""
     train: list[Path]
     """Normal images."""
     test: list[Sample]
+    """Test images."""
     masks: list[Path]
-    """All ground truths, whether their images are there or not."""
+    """All ground truths, with or without a test image."""
 
 
-def open_categories(root: str | Path, names: list[str] | None = None, *, testing: bool = True) -> list[Category]:
-    """Categories of a data set: those named, or every folder of ``root`` that holds ``train/good``.
+def open_categories(root: str | Path, *, names: list[str] | None = None, testing: bool = True) -> list[Category]:
+    """Returns the named categories of a data set; default: every folder of ``root`` that holds ``train/good``.
 
     Raises:
-        ImageError: there is none, or see :func:`open_category`.
+        ImageError: there is no category, or :func:`open_category` refuses a category.
     """
     root = Path(root)
     if not root.is_dir():
@@ -58,16 +62,16 @@ def open_categories(root: str | Path, names: list[str] | None = None, *, testing
     if names is None:
         names = sorted(folder.name for folder in root.iterdir() if (folder / "train" / GOOD).is_dir())
         if not names:
-            raise ImageError(f"{root}: no category in it, a folder that holds train/{GOOD} (MVTec layout)")
+            raise ImageError(f"{root}: no category in it; a category is a folder that holds train/{GOOD} (MVTec layout)")
     return [open_category(root / name, testing=testing) for name in names]
 
 
 def open_category(folder: str | Path, *, testing: bool = True) -> Category:
-    """The files of one category's folder.
+    """Returns the files of a category.
 
     Args:
-        folder: in MVTec layout.
-        testing: whether test images must be there.
+        folder: folder of the category, in MVTec layout.
+        testing: whether test images are needed.
 
     Raises:
         ImageError: the folder or a part of it is missing, or a defect has no ground truth.
@@ -90,8 +94,8 @@ def open_category(folder: str | Path, *, testing: bool = True) -> Category:
     return Category(folder.name, train, samples, masks)
 
 
-def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Bool[np.ndarray, "h w"]:
-    """A ground truth's picture at ``size`` (height, width), by nearest neighbour; None: its own.
+def read_mask(path: str | Path, *, size: tuple[int, int] | None = None) -> Bool[np.ndarray, "h w"]:
+    """Reads a ground truth at ``size`` (height, width), by nearest neighbour; None: the size of the file.
 
     Raises:
         ImageError: the file is missing, or no image.
@@ -109,7 +113,7 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Bool[np.
 
 
 def spread(samples: Sequence[Sample], count: int | None) -> list[Sample]:
-    """At most ``count`` of the samples, spread evenly, so over all kinds of defects; None: all."""
+    """Chooses at most ``count`` samples, spread evenly over all kinds of defects; None: all."""
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[i] for i in np.linspace(0, len(samples) - 1, count).astype(int)]

@@ -1,4 +1,4 @@
-"""The demonstration's data: photographs of brick, grass and gravel from scikit-image, with defects pasted on them."""
+"""Data of the demonstration: photographs of brick, grass and gravel from scikit-image, with defects pasted on them."""
 
 import importlib.util
 from pathlib import Path
@@ -8,26 +8,37 @@ import numpy as np
 from jaxtyping import UInt8
 
 from f2pad_jax.data.cutpaste import Defective, irregular_shape, paste_flat
-from f2pad_jax.data.images import read_image, write_png
 from f2pad_jax.errors import ImageError
+from f2pad_jax.images.files import read_image, write_png
 
 NAMES = ("brick", "grass", "gravel")
+"""Names of the photographs."""
 TEXTURES = "textures"
-"""What stands for these photographs where a data set is asked for."""
+"""Name that stands for the photographs, in place of a data set's folder."""
 
 
 class Texture(NamedTuple):
-    """Crops of one photograph: the left half for training, the right half, with defects, for testing."""
+    """Crops of one photograph."""
 
     name: str
+    """One of :data:`NAMES`."""
     train: list[UInt8[np.ndarray, "h w 3"]]
+    """Crops of the left half, for training."""
     test: list[Defective]
+    """Crops of the right half with defects, for testing."""
 
 
 def load_texture(name: str, *, size: int = 224, num_train: int = 12, num_test: int = 4, seed: int = 0) -> Texture:
-    """One of :data:`NAMES`, cropped at native scale; no pixel is in both a training and a test crop.
+    """Crops one of :data:`NAMES` at native scale; no pixel is in both a training and a test crop.
 
-    Test crops carry one flat-colour defect each, Eq. (16), and are rounded to 8 bits like any camera image.
+    Each test crop has one defect of a flat colour, Eq. (16), and is rounded to 8 bits like a camera's image.
+
+    Args:
+        name: name of the photograph.
+        size: side of the crops, pixels.
+        num_train: number of training crops.
+        num_test: number of test crops.
+        seed: seed of crops and defects.
 
     Raises:
         ImageError: scikit-image is not installed, or ``size`` is larger than half the photograph.
@@ -55,7 +66,16 @@ def load_texture(name: str, *, size: int = 224, num_train: int = 12, num_test: i
 
 
 def write_textures(folder: str | Path, *, num_train: int = 40, num_test: int = 16, seed: int = 0) -> Path:
-    """All of :data:`NAMES` as a data set in MVTec layout; what is there is written again. Returns ``folder``.
+    """Writes all of :data:`NAMES` as a data set in MVTec layout; existing files are replaced.
+
+    Args:
+        folder: folder of the data set.
+        num_train: number of training images of each category.
+        num_test: number of test images of each category.
+        seed: seed of crops and defects.
+
+    Returns:
+        The folder.
 
     Raises:
         ImageError: scikit-image is not installed.

@@ -1,9 +1,17 @@
-"""Detectors: the interface, three methods behind it, and what fits and calibrates any of them."""
+"""Detectors: the interface, three methods behind it, fitting, calibration and saving."""
 
-from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.detectors.anomalib import load_anomalib
+from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages
+from f2pad_jax.detectors.calibration import calibrate
 from f2pad_jax.detectors.cflow import CFlow
+from f2pad_jax.detectors.fitting import fit
 from f2pad_jax.detectors.padim import PaDiM
 from f2pad_jax.detectors.patchcore import PatchCore
+from f2pad_jax.detectors.prior import PixelPrior, fit_prior
+from f2pad_jax.detectors.registry import DETECTORS
+from f2pad_jax.detectors.saving import load_detector, save_detector
 
-DETECTORS: dict[str, type[AbstractDetector]] = {"padim": PaDiM, "patchcore": PatchCore, "cflow": CFlow}
-"""The methods this library brings, by the name the command line knows them by."""
+__all__ = [
+    "DETECTORS", "AbstractDetector", "CFlow", "Calibration", "NormalImages", "PaDiM", "PatchCore", "PixelPrior",
+    "calibrate", "fit", "fit_prior", "load_anomalib", "load_detector", "save_detector",
+]  # fmt: skip

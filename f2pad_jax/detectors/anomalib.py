@@ -1,4 +1,4 @@
-"""Detectors trained with anomalib 2.x, from the checkpoints its engine saves, without anomalib, PyTorch or unpickling."""
+"""Detectors trained with anomalib 2.x, read from its checkpoints without anomalib, PyTorch or unpickling."""
 
 import math
 from collections.abc import Iterable
@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from f2pad_jax.backbones import BACKBONES, canonical_name, load_backbone
+from f2pad_jax.backbones._torchfile import read_training_checkpoint
+from f2pad_jax.backbones.backbone import BACKBONES, canonical_name, load_backbone
+from f2pad_jax.detectors._flow import CLAMP, Coupling, Flow
 from f2pad_jax.detectors.base import AbstractDetector, NormalImages
-from f2pad_jax.detectors.cflow import CLAMP, CFlow, Coupling, Flow
-from f2pad_jax.detectors.fit import calibrate
+from f2pad_jax.detectors.calibration import calibrate
+from f2pad_jax.detectors.cflow import CFlow
 from f2pad_jax.detectors.padim import Full, PaDiM, by_layer
 from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import CheckpointError, ImageError
 from f2pad_jax.progress import Progress, silent
-from f2pad_jax.torchfile import read_training_checkpoint
 
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, np.linalg.LinAlgError)
+"""Errors that malformed content of a checkpoint causes."""
 DEFAULT_SIZE = (256, 256)
-"""What anomalib resizes to where its checkpoint does not say (before 2.7, unless a pre-processor was given)."""
+"""Input size of anomalib, for a checkpoint that states no size (before 2.7, without the user's own pre-processor)."""
 
 
 def load_anomalib(
@@ -33,50 +35,50 @@ def load_anomalib(
     seed: int = 0,
     progress: Progress = silent,
 ) -> AbstractDetector:
-    """A PaDiM, PatchCore or CFLOW detector that anomalib 2.x trained, ready to refine with.
+    """Loads a PaDiM, PatchCore or CFLOW detector trained with anomalib 2.x and calibrates it.
 
-    The network's weights, the statistics and the size come from the file. What it does not hold is measured on normal
-    images: the scale of the scores, the thresholds, the pixel prior and, for CFLOW, the maximum of the likelihood. Images
-    that were not trained on serve best; with those that were, the scale is a little low. anomalib's thresholds are left
-    alone: they belong to its own smoothing, and for CFLOW to the batches it met.
+    The network's weights, the statistics and the size come from the file. The scale of the scores, the threshold, the
+    pixel prior and CFLOW's maximum likelihood are measured on normal images. Images outside the training set serve best;
+    training images make the scale a little low. anomalib's thresholds are not used, since they depend on its smoothing
+    and, for CFLOW, on its batches.
 
     Args:
-        path: the ``.ckpt`` file. Saving the result and loading it again needs it too, as ``weights=path``.
-        images: normal images, each as :func:`~f2pad_jax.units.to_unit` takes them.
-        size: height and width images are resized to; default: what anomalib's pre-processor did. One that crops is refused
-            without it: crop the images alike, and give the crop's size.
-        seed: of the synthetic defects and the pixel prior.
-        progress: told how far it is.
+        path: ``.ckpt`` file. A saved detector needs this file again when it is loaded, as ``weights=path``.
+        images: normal images, each as :func:`~f2pad_jax.images.to_unit` takes it.
+        size: height and width that images are resized to; default: the size of anomalib's pre-processor. The size is
+            required if the pre-processor crops: crop the images likewise and give the crop's size.
+        seed: seed of the synthetic defects and the pixel prior.
+        progress: function that receives stage, number done and total.
 
     Raises:
-        CheckpointError: the file is damaged or not such a checkpoint, or holds a model or pre-processor that can't be used.
-        ImageError: an image can't be used, or there is none.
+        CheckpointError: the file is damaged, is no checkpoint of these detectors, or has an unsupported pre-processor.
+        ImageError: there are no images, an image can't be used, or the size does not suit the network.
     """
     tensors, rest = read_training_checkpoint(path)
     parameters = rest.get("hyper_parameters")
     if not isinstance(parameters, dict) or not {"backbone", "layers"} <= parameters.keys():
         raise CheckpointError(
-            f"{path}: no checkpoint of anomalib's PaDiM, PatchCore or CFLOW: it names no backbone and layers"
+            f"{path}: no checkpoint of anomalib's PaDiM, PatchCore or CFLOW: it does not name a backbone and its layers"
         )
     name, wanted = canonical_name(str(parameters["backbone"]).partition(".")[0]), parameters["layers"]
     if name not in BACKBONES:
-        raise CheckpointError(f"{path}: its network, {name}, is none of {', '.join(BACKBONES)}")
+        raise CheckpointError(f"{path}: its network {name} is unknown; known: {', '.join(BACKBONES)}")
     known = list(BACKBONES[name].strides)
     if not isinstance(wanted, (list, tuple)) or not wanted or any(wanted.count(w) > 1 or w not in known for w in wanted):
-        raise CheckpointError(f"{path}: taps {wanted} of {name}, which are not some of {', '.join(known)}")
-    layers = tuple(sorted(wanted, key=known.index))  # the order its features come in, whatever they are called
+        raise CheckpointError(f"{path}: taps {wanted} of {name}; expected some of {', '.join(known)}, each once")
+    layers = tuple(sorted(wanted, key=known.index))  # anomalib orders the features as the network does
     backbone = load_backbone(name, layers=layers, weights=path)
     try:
         size = size or _input_size(parameters, rest)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except _MALFORMED as error:
-        raise CheckpointError(f"{path}: its pre-processor can't be read ({error}); give the size") from None
+        raise CheckpointError(f"{path}: its pre-processor can't be read ({error}); give the size of its output") from None
     if any(side % backbone.stride or side <= 0 for side in size):
-        raise ImageError(f"{path}: size {size} is not a multiple of the stride of {layers[-1]}, {backbone.stride}")
+        raise ImageError(f"{path}: size {size} is not a multiple of the stride {backbone.stride}; give another size")
     normals = NormalImages(images, size)
     if not len(normals):
-        raise ImageError("a detector of anomalib's needs at least one normal image to be calibrated on; got none")
+        raise ImageError(f"{path}: the calibration needs at least one normal image; got none")
     try:
         if "model.memory_bank" in tensors:
             bank = tensors["model.memory_bank"].astype(np.float32)
@@ -88,7 +90,7 @@ def load_anomalib(
         elif any(name.startswith("model.decoders.") for name in tensors):
             detector = _cflow(tensors, parameters, backbone, size)
         else:
-            raise CheckpointError("none of anomalib's PaDiM, PatchCore and CFLOW")
+            raise CheckpointError("its model is none of anomalib's PaDiM, PatchCore and CFLOW")
     except KeyError as error:
         raise CheckpointError(f"{path}: tensor {error} is missing") from None
     except CheckpointError as error:
@@ -103,7 +105,7 @@ def load_anomalib(
 
 
 def _input_size(parameters: dict, rest: dict) -> tuple[int, int]:
-    """Height and width of the network's input."""
+    """Returns the height and width to which the pre-processor of a checkpoint resizes images."""
     config, processor = rest.get("anomalib_pre_processor_config"), parameters.get("pre_processor")
     steps: list[tuple[str, dict[str, Any]]] = []
     if isinstance(config, dict) and isinstance(config.get("transform"), dict):  # since 2.7
@@ -121,8 +123,8 @@ def _input_size(parameters: dict, rest: dict) -> tuple[int, int]:
                 raise CheckpointError("its pre-processor normalises by other values than ImageNet's mean and deviation")
         else:
             raise CheckpointError(
-                f"its pre-processor has a {step} step, which has no counterpart here; prepare the images so that "
-                "they need it no more, and give the size it ends with"
+                f"its pre-processor has a {step} step, which this library can't reproduce; apply it to the images "
+                "first, and give the size of its output"
             )
     return size
 
@@ -133,7 +135,7 @@ def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> P
     h, w = size[0] // stride, size[1] // stride
     if mean.shape[1] != h * w:
         raise CheckpointError(
-            f"holds statistics of {mean.shape[1]} positions, not the {h}x{w} of a {size[0]}x{size[1]} image; give the size"
+            f"holds statistics of {mean.shape[1]} positions, not the {h}x{w} of size {size[0]}x{size[1]}; give another size"
         )
     order = np.argsort(tensors["model.idx"])
     if not 0 <= tensors["model.idx"].min() <= tensors["model.idx"].max() < sum(backbone.channels):
@@ -150,7 +152,7 @@ def _padim(tensors: dict[str, np.ndarray], backbone, size: tuple[int, int]) -> P
 
 def _cflow(tensors: dict[str, np.ndarray], parameters: dict, backbone, size: tuple[int, int]) -> CFlow:
     if not math.isclose(float(parameters.get("clamp_alpha", CLAMP)), CLAMP):
-        raise CheckpointError(f"its flows clamp at {parameters['clamp_alpha']}; this library's at {CLAMP}")
+        raise CheckpointError(f"its flows clamp at {parameters['clamp_alpha']}; this library's flows clamp at {CLAMP}")
     if f"model.decoders.{len(backbone.layers)}.module_list.0.global_scale" in tensors:
         raise CheckpointError(f"has more flows than the {len(backbone.layers)} layers it taps")
     flows = []

@@ -1,4 +1,4 @@
-"""What F2PAD needs of a detector, and the coarse map every detector shares."""
+"""The interface of a detector, and the coarse map that all detectors share."""
 
 import abc
 from collections.abc import Iterable, Sequence
@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8, UInt16
 
-from f2pad_jax.backbones import Backbone
+from f2pad_jax.backbones.backbone import Backbone
 from f2pad_jax.backbones.network import Network
+from f2pad_jax.detectors.prior import PixelPrior
 from f2pad_jax.errors import ImageError
-from f2pad_jax.prior import PixelPrior
+from f2pad_jax.images._smoothing import smoothed
+from f2pad_jax.images.pixels import Scalar, denormalise, normalise, resized, to_unit
 from f2pad_jax.progress import Progress
-from f2pad_jax.smoothing import smoothed
-from f2pad_jax.units import denormalise, normalise, resized, to_unit
 
-Where = Any
-"""What a detector needs to know about one window, as a pytree of arrays: positions, candidates, statistics."""
+Context = Any
+"""Pytree of arrays that a detector needs to score one window: positions, candidates or statistics."""
 
 ORIGIN = np.zeros(2, np.int32)
-"""The corner of a window that is the whole image."""
+"""Corner of a window that is the whole image."""
 
 
 class NormalImages(Sequence):
-    """Defect-free images at the detector's size, kept at 16 bits a channel (0.3 MB at 224x224) whatever they came as.
+    """Defect-free images at the detector's size, stored with 16 bits a channel (0.3 MB at 224x224).
 
     Indexing gives an image in normalised intensity.
     """
@@ -34,12 +34,13 @@ class NormalImages(Sequence):
     def __init__(self, images: Iterable[Shaped[np.ndarray | Array, "..."]], size: tuple[int, int]):
         self.size = size
         if isinstance(images, (np.ndarray, jax.Array)) and images.ndim < 4:
-            raise ImageError(f"fitting takes a list of images, or (n, h, w, 3); got an array of shape {images.shape}")
+            raise ImageError(f"fitting takes a list of images, or an array (n, h, w, 3); got the shape {images.shape}")
         self.stored = []
         for image in images:
             unit = to_unit(image)
             if unit.ndim != 3:
-                raise ImageError(f"one of the images has shape {unit.shape}; expected (h, w) or (h, w, 3)")
+                number = len(self.stored)
+                raise ImageError(f"one of the images has shape {unit.shape} (index {number}); expected (h, w) or (h, w, 3)")
             self.stored.append(np.rint(65535 * np.asarray(resized(unit, size))).astype(np.uint16))
 
     def __len__(self) -> int:
@@ -49,99 +50,108 @@ class NormalImages(Sequence):
         return normalise(to_unit(self.stored[i]))
 
     def subset(self, indices: Iterable[int]) -> "NormalImages":
-        """Some of the images; nothing is copied."""
+        """Returns some of the images, without a copy."""
         part = NormalImages((), self.size)
         part.stored = [self.stored[i] for i in indices]
         return part
 
     def pixels(self, i: int) -> UInt16[np.ndarray, "h w 3"]:
-        """An image as it is kept."""
+        """Returns an image as it is stored."""
         return self.stored[i]
 
 
+class Factors(eqx.Module):
+    """Factors on constants of :class:`~f2pad_jax.Settings`, tuned to the normal images; 1 without tuning."""
+
+    alpha1: Scalar = 1.0
+    """Factor on the weight of the pixel prior."""
+    sparsity: Scalar = 1.0
+    """Factor on the sparsity."""
+
+
 class Calibration(eqx.Module):
-    """What fitting measures besides a method's own statistics; :func:`f2pad_jax.fit` makes it."""
+    """Measurements of :func:`f2pad_jax.fit` besides the method's own statistics."""
 
     scale: Float[Array, ""]
     """Mean raw score of held-out normal images."""
     ordinary: Float[Array, ""]
     """Mean level of the anomaly maps of held-out normal images."""
     threshold: Float[Array, ""]
-    """Level of the anomaly map above which a pixel may belong to m0."""
+    """Level of the anomaly map above which a pixel may belong to the coarse mask m0."""
     prior: PixelPrior
     """Distribution of normal pixel values, Eq. (9)."""
     normals: UInt8[Array, "k h w 3"] | None = None
-    """Some of the training images, for the inpainter to borrow from."""
-    tuned: tuple[Float[Array, ""], Float[Array, ""]] | None = None
-    """Factors on α1 and on the sparsity of :class:`~f2pad_jax.Settings` that suit these images, if they were tuned."""
+    """Some of the training images, from which the inpainter copies; None without images."""
+    factors: Factors = Factors()
+    """Factors on constants of :class:`~f2pad_jax.Settings`, found by tuning."""
 
 
 class AbstractDetector(eqx.Module):
-    """A fitted feature-based detector: a pytree that says how normal each position of an image looks.
+    """Fitted feature-based detector: a pytree that scores every position of an image.
 
-    A method of one's own implements :meth:`fit` and :meth:`raw_scores`, and :meth:`locate` where its scores depend on the
-    position; everything else follows. All images are ``(h, w, 3)`` in normalised intensity.
+    A new method implements :meth:`fit` and :meth:`raw_scores`, and :meth:`locate` if its scores depend on the position.
+    Images are ``(h, w, 3)`` in normalised intensity.
     """
 
     backbone: eqx.AbstractVar[Backbone]
+    """Frozen feature extractor."""
     size: eqx.AbstractVar[tuple[int, int]]
-    """Height and width the detector was fitted at."""
+    """Height and width of the images of the fit, pixels."""
     calibration: eqx.AbstractVar[Calibration | None]
-    """None until :func:`f2pad_jax.fit` has measured it."""
+    """Calibration by :func:`f2pad_jax.fit`; None before the calibration."""
 
     refits: ClassVar[bool] = True
-    """Whether :func:`f2pad_jax.fit` may fit a second time, to all images, after it has calibrated on those held out."""
-    emphasis: ClassVar[float] = 1.0
-    """Factor on ``Settings.sparsity``, for scores whose excess over 1 is no measure of how much n has to gain."""
+    """Whether :func:`f2pad_jax.fit` repeats the method's fit on all images after the calibration on held-out images."""
+    resumable: ClassVar[bool] = False
+    """Whether the method's ``fit`` takes ``resume``, a file that keeps the state of a long training."""
+    sparsity_scale: ClassVar[float] = 1.0
+    """Factor on ``Settings.sparsity``, above 1 for scores that saturate: a saturated score understates a defect."""
 
     @classmethod
     @abc.abstractmethod
     def fit(cls, images: NormalImages, backbone: Backbone, *, seed: int, progress: Progress, **options: Any) -> Any:
-        """A detector of this class: the method's statistics of normal images, not yet calibrated."""
+        """Returns a detector with the method's statistics of normal images, not yet calibrated."""
 
     @classmethod
     def default_layers(cls, network: Network, num_images: int) -> tuple[str, ...]:
-        """The layers to tap where the user names none."""
+        """Returns the layers to tap if the user names none."""
         del num_images
         return network.default_layers
 
     @abc.abstractmethod
-    def raw_scores(self, image: Float[Array, "h w 3"], where: Where) -> tuple[Float[Array, "_h_k _w_k"], ...]:
-        """How anomalous a window's positions are, one map per scored layer, at least 0, differentiable in ``image``."""
+    def raw_scores(self, image: Float[Array, "h w 3"], context: Context) -> tuple[Float[Array, "_h_k _w_k"], ...]:
+        """Returns a map of anomaly scores for each scored layer of a window, at least 0 and differentiable in ``image``."""
 
-    def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Where:
-        """What :meth:`raw_scores` needs for the window ``image`` whose top-left pixel is ``corner`` of the whole image.
-
-        Default: nothing.
-        """
+    def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Context:
+        """Returns the context of a window whose top-left pixel is at ``corner`` of the whole image; default: None."""
         return None
 
-    def refresh(self, image: Float[Array, "h w 3"], where: Where) -> Where:
-        """``where`` for the same window after the image changed; called every few steps. Default: unchanged."""
-        return where
+    def refresh(self, image: Float[Array, "h w 3"], context: Context) -> Context:
+        """Returns the window's context for a changed image, every few steps of the solver. Default: ``context``."""
+        return context
 
     def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
-        """The coarse anomaly map of a whole image. Default: the scores, enlarged, summed over layers and smoothed."""
+        """Returns the coarse map of a whole image; default: the scores, enlarged, smoothed and summed over layers."""
         scores = self.scores(image, self.locate(image, ORIGIN))
         return jnp.sum(jnp.stack([coarse_map(s, (image.shape[0], image.shape[1])) for s in scores]), axis=0)
 
-    # what follows is the same for every method
+    # shared by all methods
 
     @property
     def calibrated(self) -> Calibration:
-        """The calibration, which must be there."""
+        """Calibration of the detector; a ValueError is raised if there is none."""
         if self.calibration is None:
             raise ValueError(f"this {type(self).__name__} is not calibrated; make it with f2pad_jax.fit")
         return self.calibration
 
     @property
     def stride(self) -> int:
-        """Window corners and sides are multiples of this many pixels."""
+        """Coarsest stride of the tapped layers, pixels; window corners and sides are multiples of it."""
         return self.backbone.stride
 
     @property
     def local(self) -> bool:
-        """Whether a window of an image has the image's scores, but for those near the window's border."""
+        """Whether the scores of a window equal the scores of the whole image, except near the window's border."""
         return self.backbone.local
 
     @property
@@ -149,28 +159,31 @@ class AbstractDetector(eqx.Module):
         """Mean raw score of held-out normal images; 1 before the calibration."""
         return 1.0 if self.calibration is None else self.calibration.scale
 
-    def scores(self, image: Float[Array, "h w 3"], where: Where) -> tuple[Float[Array, "_h_k _w_k"], ...]:
-        """:meth:`raw_scores` over their mean on held-out normal images.
+    def scores(self, image: Float[Array, "h w 3"], context: Context) -> tuple[Float[Array, "_h_k _w_k"], ...]:
+        """Returns :meth:`raw_scores` divided by their mean on held-out normal images.
 
-        1 is ordinary, whatever the method and backbone, so one set of weights in Eq. (12) serves all (departure: the paper
-        does not state the scale of its loss).
+        A normal image then scores 1 on average for every method and backbone, and one set of weights in Eq. (12) serves
+        all. Departure: the paper does not state the scale of its loss.
         """
-        return tuple(score / self.scale for score in self.raw_scores(image, where))
+        return tuple(score / self.scale for score in self.raw_scores(image, context))
 
     def features(self, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
-        """The backbone's maps."""
+        """Returns the backbone's feature maps."""
         return extract(self.backbone, image)
 
     def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
-        """m0: where the map exceeds the threshold, and half-way from the ordinary level to its own maximum.
+        """Returns m0: the pixels above the threshold and above half of the map's peak (:func:`half_height`).
 
-        A smoothed step is half as high where it was sharp: the threshold alone, which faint defects must reach, would put
-        the outline of a glaring one far outside of it.
+        At the outline of a defect, smoothing leaves half of its peak. The threshold suits faint defects. Without the second
+        condition, the outline of a glaring defect would lie too far out.
         """
         return self.excess(anomaly_map) > 1
 
     def excess(self, anomaly_map: Float[Array, "h w"], values: Float[Array, "*v"] | None = None) -> Float[Array, "*v"]:
-        """How far values (default: the map's) are above the ordinary level (0), in units of the border of its m0 (1)."""
+        """Returns the map, or ``values`` in its units, relative to the level at the border of m0.
+
+        0 is the ordinary level or below, and 1 the level at the border of m0.
+        """
         c = self.calibrated
         level = jnp.maximum(c.threshold, half_height(anomaly_map, c.ordinary))
         above = (anomaly_map if values is None else values) - c.ordinary
@@ -178,18 +191,19 @@ class AbstractDetector(eqx.Module):
 
 
 def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
-    """Half-way from the ordinary level to a map's maximum."""
+    """Returns the level half-way from the ordinary level to a map's maximum."""
     return (ordinary + jnp.max(jnp.asarray(anomaly_map))) / 2
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
-    """The backbone's maps of an image in normalised intensity."""
+    """Returns the backbone's feature maps of an image in normalised intensity."""
     return backbone(backbone.normalise(denormalise(image)))
 
 
 def coarse_map(scores: Float[Array, "h_k w_k"], size: tuple[int, int], *, sigma: float = 4.0) -> Float[Array, "h w"]:
-    """Scores to a pixel map as PaDiM and PatchCore do it: bilinear, then a Gaussian of ``sigma`` pixels.
+    """Returns scores as a pixel map, as in PaDiM and PatchCore: enlarged bilinearly, then smoothed by a Gaussian.
 
-    Separable, truncated at 4 sigma (33 taps at sigma 4), border mirrored with the edge repeated (scipy's "reflect").
+    The Gaussian has a standard deviation of ``sigma`` pixels and ends at 4 sigma (33 taps at sigma 4). The border is
+    mirrored with the edge repeated (scipy's "reflect").
     """
     return smoothed(jax.image.resize(scores, size, "linear", antialias=False), sigma)

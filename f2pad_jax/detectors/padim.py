@@ -1,4 +1,4 @@
-"""PaDiM (Defard et al., ICPR 2020): a Gaussian at every position, Eq. (7)."""
+"""PaDiM (Defard et al., ICPR 2020): a Gaussian of the features at every position, Eq. (7)."""
 
 import itertools
 from functools import partial
@@ -11,46 +11,39 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
-from f2pad_jax.backbones import Backbone
-from f2pad_jax.detectors.base import (
-    ORIGIN,
-    AbstractDetector,
-    Calibration,
-    NormalImages,
-    coarse_map,
-    extract,
-)
+from f2pad_jax.backbones.backbone import Backbone
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, NormalImages, coarse_map, extract
 from f2pad_jax.errors import OptionError
 from f2pad_jax.progress import Progress, silent
 
 REGULARISER = 0.01
-"""Added to every variance."""
+"""Variance added to every channel, on the diagonal of the covariances."""
 CHUNK = 32
-"""Images whose features are held at a time."""
+"""Number of images whose features are in memory at a time."""
 BLOCK = 256
-"""Positions whose covariances are decomposed at a time."""
+"""Number of positions whose covariances are decomposed at a time."""
 
 
 class Full(eqx.Module):
-    """A precision matrix per position."""
+    """Precision matrix of every position."""
 
     precision: Float[Array, "h_1 w_1 c c"]
-    """The inverse covariance, symmetric."""
+    """Inverse covariances, symmetric."""
 
     def __call__(self, difference: Float[Array, "h_1 w_1 c"]) -> Float[Array, "h_1 w_1"]:
-        """Squared Mahalanobis distance dᵀ·Σ⁻¹·d."""
+        """Returns the squared Mahalanobis distance dᵀ·Σ⁻¹·d."""
         return quadratic(self.precision, difference)
 
     @staticmethod
     def of(covariance: Float[np.ndarray, "p c c"]) -> tuple[np.ndarray, ...]:
-        """The fields, from float64 covariances."""
+        """Computes the fields from float64 covariances."""
         inverse = np.linalg.inv(covariance)
         return (((inverse + np.swapaxes(inverse, 1, 2)) / 2).astype(np.float32),)
 
 
 @jax.custom_jvp
 def quadratic(matrix: Float[Array, "*b c c"], vector: Float[Array, "*b c"]) -> Float[Array, "*b"]:
-    """vᵀ·M·v of symmetric matrices. Value and gradient read M, by far the largest array of PaDiM, but once."""
+    """Returns vᵀ·M·v for symmetric matrices. Value and gradient together read M, PaDiM's largest array, only once."""
     return jnp.sum(vector * _product(matrix, vector), axis=-1)
 
 
@@ -71,27 +64,27 @@ def _product(matrix: Array, vector: Array) -> Array:
 
 
 class LowRank(eqx.Module):
-    """A precision of few directions per position, and one variance for all others (probabilistic PCA).
+    """Precision with few directions per position and one variance for all others (probabilistic PCA).
 
-    The paper leaves it as a future study (Section IV-D1). Exact when there are no more images than directions.
+    The paper leaves this form to a future study (Section IV-D1). It is exact if there are no more images than directions.
     """
 
     basis: Float[Array, "h_1 w_1 r c"]
-    """Orthonormal rows: the directions of largest variance."""
+    """Directions of largest variance, orthonormal rows."""
     shrinkage: Float[Array, "h_1 w_1 r"]
-    """1 - σ/√λ for a direction of variance λ."""
+    """Factor 1 - σ/√λ of each direction, where λ is its variance."""
     rest: Float[Array, "h_1 w_1"]
-    """1/σ, the inverse standard deviation of all other directions."""
+    """Inverse standard deviation 1/σ of all other directions."""
 
     def __call__(self, difference: Float[Array, "h_1 w_1 c"]) -> Float[Array, "h_1 w_1"]:
-        """Squared Mahalanobis distance ‖d - Uᵀ(shrinkage · U·d)‖² / σ²."""
+        """Returns the squared Mahalanobis distance ‖d - Uᵀ(shrinkage · U·d)‖² / σ²."""
         along = jnp.einsum("hwrc,hwc->hwr", self.basis, difference)
         white = difference - jnp.einsum("hwrc,hwr->hwc", self.basis, self.shrinkage * along)
         return jnp.sum((white * self.rest[..., None]) ** 2, axis=-1)
 
     @staticmethod
     def of(covariance: Float[np.ndarray, "p c c"], rank: int) -> tuple[np.ndarray, ...]:
-        """The fields, from float64 covariances: σ² is the mean of the variances left out, the likeliest value."""
+        """Computes the fields from float64 covariances; the likeliest σ² is the mean variance of all other directions."""
         variances, directions = np.linalg.eigh(covariance)  # ascending
         rest = variances[:, :-rank].mean(axis=1) if rank < variances.shape[1] else variances[:, 0]
         basis = np.swapaxes(directions[:, :, -rank:], 1, 2)
@@ -100,19 +93,24 @@ class LowRank(eqx.Module):
 
 
 class PaDiM(AbstractDetector):
-    """Squared Mahalanobis distance to the Gaussian of the position, Eq. (7).
+    """Detector by the squared Mahalanobis distance to the Gaussian of each position, Eq. (7).
 
-    Features are the layers enlarged to the largest by nearest neighbour, of which some channels, drawn once, are kept.
-    The coarse map is that of the distance itself, as the authors publish it. Positions are bound to the fitted size.
+    Feature maps are enlarged to the largest by nearest neighbour; a random subset of their channels is kept. The coarse map
+    shows the distance without the square, as in the authors' code. The statistics hold for images of the fitted size only.
     """
 
     backbone: Backbone
+    """Frozen feature extractor."""
     size: tuple[int, int] = eqx.field(static=True)
+    """Height and width of the images of the fit, pixels, static."""
     channels: tuple[Int[Array, " _c_k"], ...]
-    """Channels kept of each layer, ascending."""
+    """Indices of the channels kept, ascending, per layer."""
     mean: Float[Array, "h_1 w_1 c"]
+    """Mean features of every position."""
     precision: Full | LowRank
+    """Precision of the features at every position."""
     calibration: Calibration | None = None
+    """Calibration by :func:`f2pad_jax.fit`; None before the calibration."""
 
     @classmethod
     def fit(
@@ -125,14 +123,21 @@ class PaDiM(AbstractDetector):
         num_channels: int = 100,
         rank: int | None = None,
     ) -> "PaDiM":
-        """Mean and covariance (n - 1 in the denominator, plus 0.01 on the diagonal) of every position.
+        """Fits mean and covariance of every position, with n - 1 in the denominator and 0.01 added to the diagonal.
 
-        Images are streamed: memory is 8·h₁·w₁·c² bytes for the sums (0.25 GB at 224x224 with 100 channels) and that of 32
-        images' features, however many images there are.
+        Images are streamed. Memory holds the features of 32 images and 8·h₁·w₁·c² bytes of sums (0.25 GB at 224x224 with
+        100 channels).
 
         Args:
-            num_channels: channels kept of all layers together.
-            rank: directions per position of :class:`LowRank`; default: the full covariance.
+            images: normal images at the detector's size.
+            backbone: frozen feature extractor.
+            seed: seed of the random channels.
+            progress: function that receives stage, number done and total.
+            num_channels: number of channels kept, all layers together.
+            rank: number of directions per position of :class:`LowRank`; None: the full covariance.
+
+        Raises:
+            OptionError: the rank is not between 1 and the number of channels.
         """
         available = sum(backbone.channels)
         drawn = np.random.default_rng(seed).choice(available, min(num_channels, available), replace=False)
@@ -142,7 +147,7 @@ class PaDiM(AbstractDetector):
         embed_jit = jax.jit(embed)
         h, w, c = jax.eval_shape(embed, backbone, channels, images[0]).shape
         shift, total, squares = np.zeros((h, w, c)), np.zeros((h, w, c)), np.zeros((h, w, c, c))
-        # small matrices: a second BLAS thread only waits, for seconds where another process has its core
+        # small matrices gain nothing from a second BLAS thread
         with threadpool_limits(1):
             for start in range(0, len(images), CHUNK):
                 chunk = []
@@ -150,7 +155,7 @@ class PaDiM(AbstractDetector):
                     progress("features", i, len(images))
                     chunk.append(np.asarray(embed_jit(backbone, channels, images[i])))
                 features = np.stack(chunk, axis=2).astype(np.float64)  # h w n c
-                if start == 0:  # sums about a typical value, so that no digits cancel
+                if start == 0:  # sums of differences from a typical value lose no digits
                     shift = features.mean(axis=2)
                 features -= shift[:, :, None]
                 total += features.sum(axis=2)
@@ -176,7 +181,7 @@ class PaDiM(AbstractDetector):
     def locate(
         self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]
     ) -> tuple[Float[Array, "_h _w c"], Full | LowRank]:
-        """The statistics of the window's positions."""
+        """Returns the statistics of the window's positions."""
         stride = min(self.backbone.strides)
         first, shape = jnp.asarray(corner) // stride, (image.shape[0] // stride, image.shape[1] // stride)
 
@@ -186,28 +191,28 @@ class PaDiM(AbstractDetector):
         return jax.tree.map(cut, (self.mean, self.precision))
 
     def raw_scores(
-        self, image: Float[Array, "h w 3"], where: tuple[Float[Array, "_h _w c"], Full | LowRank]
+        self, image: Float[Array, "h w 3"], context: tuple[Float[Array, "_h _w c"], Full | LowRank]
     ) -> tuple[Float[Array, "_h _w"]]:
-        """Squared Mahalanobis distance, Eq. (7)."""
-        mean, precision = where
+        """Returns the squared Mahalanobis distance, Eq. (7)."""
+        mean, precision = context
         return (precision(embed(self.backbone, self.channels, image) - mean),)
 
     def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
-        """The coarse map, of the distance's root: square roots of the score's units."""
+        """Returns the coarse map of the distance, the square root of the scores."""
         (scores,) = self.scores(image, self.locate(image, ORIGIN))
         return coarse_map(jnp.sqrt(scores), (image.shape[0], image.shape[1]))
 
 
-def by_layer(drawn: Int[np.ndarray, " c"], backbone: Backbone) -> tuple[Int[Array, " _c_k"], ...]:
-    """Ascending channels of all layers together, as channels of each."""
+def by_layer(channels: Int[np.ndarray, " c"], backbone: Backbone) -> tuple[Int[Array, " _c_k"], ...]:
+    """Converts ascending channel indices of the concatenated layers to channel indices within each layer."""
     bounds = itertools.pairwise(np.cumsum([0, *backbone.channels]))
-    return tuple(jnp.asarray(drawn[(drawn >= a) & (drawn < b)] - a, jnp.int32) for a, b in bounds)
+    return tuple(jnp.asarray(channels[(channels >= a) & (channels < b)] - a, jnp.int32) for a, b in bounds)
 
 
 def embed(
     backbone: Backbone, channels: tuple[Int[Array, " _c_k"], ...], image: Float[Array, "h w 3"]
 ) -> Float[Array, "h_1 w_1 c"]:
-    """The chosen channels of every layer, enlarged to the largest map by nearest neighbour, concatenated."""
+    """Returns the kept channels of all layers, enlarged to the largest map by nearest neighbour and concatenated."""
     maps = [m[..., kept] for m, kept in zip(extract(backbone, image), channels, strict=True)]
     size = max(m.shape[:2] for m in maps)
     return jnp.concatenate([jax.image.resize(m, (*size, m.shape[2]), "nearest") for m in maps], axis=-1)

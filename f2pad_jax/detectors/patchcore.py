@@ -10,37 +10,41 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.spatial.distance import cdist
 
-from f2pad_jax.backbones import Backbone
+from f2pad_jax.backbones.backbone import Backbone
 from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, coarse_map, extract
 from f2pad_jax.errors import OptionError
 from f2pad_jax.progress import Progress, silent
 
 BLOCK = 512
-"""Positions handled at a time by the neighbour searches; bounds their memory."""
+"""Number of positions that a nearest-neighbour search handles at a time; it bounds the memory."""
 
 
 class Candidates(NamedTuple):
-    """The part of the memory bank a window uses."""
+    """Part of the memory bank that a window uses."""
 
     indices: Int[Array, "p k"]
-    """M_ij of Eq. (5): the bank entries nearest to each position's features in n0."""
+    """Candidates M_ij of Eq. (5): indices of the features in the bank nearest to each position of the first guess n0."""
     nearest: Float[Array, "h_k w_k c"]
-    """The features of the nearest candidate, per position."""
+    """Features of the nearest candidate of each position."""
 
 
 class PatchCore(AbstractDetector):
-    """Distance to the nearest normal feature.
+    """Detector by the squared L2 distance to the nearest feature of a memory bank.
 
     Departure from the official repository, as in the paper: features are averaged 3x3, resized bilinearly to the largest
-    map and concatenated; distances are squared L2.
+    map and concatenated.
     """
 
     backbone: Backbone
+    """Frozen feature extractor."""
     size: tuple[int, int] = eqx.field(static=True)
+    """Height and width of the images of the fit, pixels, static."""
     memory_bank: Float[Array, "m c"]
+    """Normal features of the coreset."""
     num_candidates: int = eqx.field(static=True, default=50)
-    """|M_ij|."""
+    """Number |M_ij| of candidates per position, static."""
     calibration: Calibration | None = None
+    """Calibration by :func:`f2pad_jax.fit`; None before the calibration."""
 
     @classmethod
     def fit(
@@ -55,22 +59,26 @@ class PatchCore(AbstractDetector):
         num_candidates: int = 50,
         projection: int = 128,
     ) -> "PatchCore":
-        """The features of a greedy coreset.
+        """Fills the memory bank with a greedy coreset of the features of normal images.
 
-        Images are streamed twice, first for the projections the coreset is chosen on, then for the features chosen:
-        memory is 4·``projection`` bytes a position and image (1.6 MB an image at 56x56), not their 448 channels.
+        Images are streamed twice: first for the random projections that select the coreset, then for its features. Memory
+        is 4·``projection`` bytes per position and image, 1.6 MB per image at 56x56.
 
         Args:
+            images: normal images at the detector's size.
+            backbone: frozen feature extractor.
+            seed: seed of the projection and of the first point of the coreset.
+            progress: function that receives stage, number done and total.
             coreset_ratio: share of all features kept in the memory bank.
-            max_bank: most features kept.
-            num_candidates: |M_ij| of Eq. (5).
-            projection: dimensions of the random projection distances are measured in.
+            max_bank: largest number of features kept.
+            num_candidates: number |M_ij| of candidates, Eq. (5).
+            projection: number of dimensions of the random projection.
 
         Raises:
-            OptionError: the ratio is not above 0 and at most 1, or a count not positive.
+            OptionError: the ratio is not above 0 and at most 1, or a count is not positive.
         """
         if not 0 < coreset_ratio <= 1:
-            raise OptionError(f"coreset_ratio {coreset_ratio} is not above 0 and at most 1")
+            raise OptionError(f"coreset_ratio {coreset_ratio} must be above 0 and at most 1")
         if min(max_bank, num_candidates, projection) < 1:
             raise OptionError(
                 f"max_bank {max_bank}, num_candidates {num_candidates} and projection {projection} must be at least 1"
@@ -89,33 +97,32 @@ class PatchCore(AbstractDetector):
             points[i * count : (i + 1) * count] = features if matrix is None else features @ matrix
         progress("features", len(images), len(images))
         assert points is not None
-        wanted = max(1, min(int(np.ceil(coreset_ratio * len(points))), max_bank))
-        chosen = coreset(points, wanted, int(rng.integers(len(points))), progress)
-        bank = np.empty((len(chosen), channels), np.float32)
+        bank_size = max(1, min(int(np.ceil(coreset_ratio * len(points))), max_bank))
+        indices = coreset(points, bank_size, int(rng.integers(len(points))), progress)
+        bank = np.empty((len(indices), channels), np.float32)
         for i in range(len(images)):
             progress("memory bank", i, len(images))
-            (mine,) = np.nonzero(chosen // count == i)
-            if len(mine):
-                bank[mine] = np.asarray(embed_jit(backbone, images[i])).reshape(count, -1)[chosen[mine] % count]
+            (rows,) = np.nonzero(indices // count == i)
+            if len(rows):
+                bank[rows] = np.asarray(embed_jit(backbone, images[i])).reshape(count, -1)[indices[rows] % count]
         progress("memory bank", len(images), len(images))
         return cls(backbone=backbone, size=images.size, memory_bank=jnp.asarray(bank), num_candidates=num_candidates)
 
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Candidates:
-        """Candidates M_ij from the features of n0; PatchCore does not depend on ``corner``."""
+        """Returns the candidates M_ij for the first guess n0, here ``image``; they do not depend on ``corner``."""
         del corner
         features = embed(self.backbone, image)
         k = min(self.num_candidates, len(self.memory_bank))
         _, indices = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, k)
         return Candidates(indices, self.memory_bank[indices[:, 0]].reshape(features.shape))
 
-    def refresh(self, image: Float[Array, "h w 3"], where: Candidates) -> Candidates:
-        """Choose each position's nearest candidate again; between calls Eq. (5) keeps the last choice.
+    def refresh(self, image: Float[Array, "h w 3"], context: Candidates) -> Candidates:
+        """Returns the context with the nearest candidates of a changed image. Eq. (5) keeps them until the next call.
 
-        Departure: the paper takes the minimum at every step. That is ``steps_per_check=1``; at 10 the distances to all
-        candidates are computed a tenth as often.
+        Departure: the paper takes the minimum over all candidates at every step, as ``steps_per_check=1`` does.
+        With ``steps_per_check=10``, the distances to all candidates are computed a tenth as often.
         """
         features = embed(self.backbone, image)
-
         norms = jnp.sum(self.memory_bank**2, axis=-1)
 
         def choose(block):
@@ -124,25 +131,25 @@ class PatchCore(AbstractDetector):
             best = jnp.argmax(2 * products - norms[indices], axis=1)
             return jnp.take_along_axis(indices, best[:, None], axis=1)[:, 0]
 
-        # few positions at a time, so that their candidates stay in the cache
-        chosen = _blocked(choose, (features.reshape(-1, features.shape[-1]), where.indices), block=64)
-        return Candidates(where.indices, self.memory_bank[chosen].reshape(features.shape))
+        # few positions at a time: their candidates stay in the processor's cache
+        choice = _blocked(choose, (features.reshape(-1, features.shape[-1]), context.indices), block=64)
+        return Candidates(context.indices, self.memory_bank[choice].reshape(features.shape))
 
-    def raw_scores(self, image: Float[Array, "h w 3"], where: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
-        """Squared L2 distance to the nearest candidate, Eq. (5)."""
-        return (jnp.sum((embed(self.backbone, image) - where.nearest) ** 2, axis=-1),)
+    def raw_scores(self, image: Float[Array, "h w 3"], context: Candidates) -> tuple[Float[Array, "_h_k _w_k"]]:
+        """Returns the squared L2 distance to the nearest candidate, Eq. (5)."""
+        return (jnp.sum((embed(self.backbone, image) - context.nearest) ** 2, axis=-1),)
 
     def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
-        """Coarse map over the whole memory bank, Eq. (4)."""
+        """Returns the coarse map of distances to the whole memory bank, Eq. (4)."""
         features = embed(self.backbone, image)
         distances, _ = nearest(features.reshape(-1, features.shape[-1]), self.memory_bank, 1)
         return coarse_map(distances.reshape(features.shape[:2]) / self.scale, (image.shape[0], image.shape[1]))
 
 
 def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1 w_1 c"]:
-    """Feature maps averaged 3x3, resized to the largest map, concatenated (paper, Section III-B1).
+    """Returns feature maps averaged 3x3, resized to the largest map and concatenated (paper, Section III-B1).
 
-    ``image`` in normalised intensity.
+    ``image`` is in normalised intensity.
     """
     maps = extract(backbone, image)
     size = max(m.shape[:2] for m in maps)
@@ -150,7 +157,7 @@ def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1
 
 
 def _average(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-    """3x3 mean with zeros beyond the border, divided by nine everywhere (PyTorch's ``avg_pool2d`` default)."""
+    """Returns 3x3 means with zeros beyond the border, always divided by nine (default of PyTorch's ``avg_pool2d``)."""
     for axis in (0, 1):
         pads = [(1, 1) if a == axis else (0, 0) for a in range(3)]
         p, n = jnp.pad(image, pads), image.shape[axis]
@@ -160,7 +167,7 @@ def _average(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
 
 
 def _blocked(function: Callable, arrays, block: int = BLOCK):
-    """``function`` over the leading axis, ``block`` rows at a time; the rest is padded, so one shape serves."""
+    """Maps ``function`` over ``block`` rows at a time; the last block is filled up with zeros."""
     n = len(jax.tree.leaves(arrays)[0])
     block = min(block, n)
     count = -(-n // block)
@@ -174,20 +181,20 @@ def _blocked(function: Callable, arrays, block: int = BLOCK):
 def nearest(
     features: Float[Array, "p c"], bank: Float[Array, "m c"], k: int
 ) -> tuple[Float[Array, "p"], Int[Array, "p k"]]:
-    """Exact k nearest neighbours by squared L2, nearest first, in blocks of positions.
+    """Finds the exact k nearest neighbours by squared L2 distance, nearest first, in blocks of positions.
 
     Args:
-        features: where to search from.
-        bank: what to search.
-        k: how many neighbours.
+        features: query features.
+        bank: features that are searched.
+        k: number of neighbours.
 
     Returns:
-        the distance to the nearest, recomputed without cancellation, and the indices of all ``k``.
+        The squared distance to the nearest neighbour, recomputed without cancellation, and the indices of all ``k``.
     """
     norms = jnp.sum(bank**2, axis=-1)
 
     def search(feature):
-        scores = 2 * jnp.matmul(feature, bank.T, precision="highest") - norms  # of large numbers: no digit to spare
+        scores = 2 * jnp.matmul(feature, bank.T, precision="highest") - norms  # high precision, since large numbers cancel
         indices = jnp.argmax(scores, axis=-1)[:, None] if k == 1 else jax.lax.top_k(scores, k)[1]
         return jnp.sum((feature - bank[indices[:, 0]]) ** 2, axis=-1), indices
 
@@ -195,54 +202,52 @@ def nearest(
 
 
 def coreset(
-    points: Float[np.ndarray, "n d"],
-    size: int,
-    first: int,
-    progress: Progress = silent,
-    *,
-    batch: int = 512,
+    points: Float[np.ndarray, "n d"], size: int, first: int, progress: Progress = silent, *, batch: int = 512
 ) -> Int[np.ndarray, " m"]:
-    """Greedy k-centre selection (Sener & Savarese 2018, as in PatchCore): each next point is the farthest from the chosen.
+    """Selects points by greedy k-centre (Sener & Savarese 2018, as in PatchCore).
 
-    The same choice as the plain algorithm, which passes over all points once for every one it chooses, in far fewer
-    passes. Distances to the chosen only ever fall. So the farthest point is among the ``batch`` farthest of the last pass,
-    for as long as the farthest of them is at least as far as all others were then; their distances to one another suffice
-    to choose among them. One matrix product then brings all points up to date with every point chosen since.
+    Each next point is the farthest from the selected points. The plain algorithm passes over all points for each selection.
+    This function selects exactly these points in far fewer passes:
+
+    1. One matrix product updates the distance of every point to the selected points.
+    2. The ``batch`` farthest points become candidates. The level is the largest distance among the other points.
+    3. Candidates are selected, farthest first, until the next distance is below the level. Distances only fall: each
+       selected candidate is the farthest of all points.
 
     Args:
-        points: where distances are measured.
-        size: how many to choose; all, where there are fewer.
-        first: index of the first.
-        progress: told how many are chosen.
-        batch: points considered between passes.
+        points: vectors between which distances are measured.
+        size: number of points to select; all if there are fewer.
+        first: index of the first point.
+        progress: function that receives stage, number of selected points and total.
+        batch: number of candidates of a pass.
 
     Returns:
-        indices in the order they were chosen.
+        Indices in the order of selection.
     """
     n, size = len(points), min(size, len(points))
-    points = points - points.mean(axis=0)  # the shorter, the fewer digits cancel
+    points = points - points.mean(axis=0)  # centred vectors are shorter, and fewer digits cancel
     norms = np.einsum("nd,nd->n", points, points)
     distance = np.full(n, np.inf, points.dtype)
-    chosen, new = [first], [first]
+    selected, new = [first], [first]
     while True:
-        progress("coreset", len(chosen), size)
-        if len(chosen) == size:
-            return np.asarray(chosen)
+        progress("coreset", len(selected), size)
+        if len(selected) == size:
+            return np.asarray(selected)
         for start in range(0, n, 16384):
             block = slice(start, start + 16384)
-            apart = norms[block, None] - 2 * points[block] @ points[new].T + norms[new]
-            np.minimum(distance[block], apart.min(axis=1), out=distance[block])
+            squares = norms[block, None] - 2 * points[block] @ points[new].T + norms[new]
+            np.minimum(distance[block], squares.min(axis=1), out=distance[block])
         distance[new] = -np.inf
         order = np.argpartition(-distance, min(batch, n - 1))
         candidates, level = order[:batch], distance[order[batch:]].max(initial=-np.inf)
         candidates = candidates[distance[candidates] > -np.inf]
-        near, apart = distance[candidates], cdist(points[candidates], points[candidates], "sqeuclidean")
+        to_selected, mutual = distance[candidates], cdist(points[candidates], points[candidates], "sqeuclidean")
         new = []
-        while len(chosen) + len(new) < size and len(new) < len(candidates):
-            farthest = int(np.argmax(near))
-            if new and near[farthest] < level:
+        while len(selected) + len(new) < size and len(new) < len(candidates):
+            farthest = int(np.argmax(to_selected))
+            if new and to_selected[farthest] < level:
                 break
             new.append(int(candidates[farthest]))
-            near = np.minimum(near, apart[farthest])
-            near[farthest] = -np.inf
-        chosen += new
+            to_selected = np.minimum(to_selected, mutual[farthest])
+            to_selected[farthest] = -np.inf
+        selected += new

@@ -1,19 +1,37 @@
-"""What an engineer would try first: other ways from the same coarse map to a sharper mask, to compare with."""
+"""Peers of refinement: other ways from the coarse map to a sharper mask, to compare with."""
+
+import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float
 
+from f2pad_jax.evaluation._store import ImageResult
+
+
+def peer_masks(images: Sequence[ImageResult]) -> dict[str, list[Bool[np.ndarray, "h w"]]]:
+    """Returns the masks that each peer draws from the coarse maps and masks; GrabCut only where OpenCV is installed."""
+    low, high = min(i.coarse_map.min() for i in images), max(i.coarse_map.max() for i in images)
+    masks = {
+        "threshold": [i.coarse_mask for i in images],
+        "guided filter": [guided_mask(i.image / 255, i.coarse_mask) for i in images],
+        "stable threshold": [stable_mask(i.coarse_map, float(low), float(high)) for i in images],
+    }
+    with contextlib.suppress(ImportError):
+        masks["GrabCut"] = [grabcut(i.image / 255, i.coarse_mask, i.region) for i in images]
+    return masks
+
 
 def guided_filter(
     image: Float[np.ndarray, "h w 3"], values: Float[np.ndarray, "h w"], *, radius: int = 8, epsilon: float = 1e-3
 ) -> Float[np.ndarray, "h w"]:
-    """Edge-aware smoothing of ``values`` by a local linear model in the colours of ``image`` (He et al., TPAMI 2013).
+    """Smooths ``values`` along the edges of ``image`` by a local linear model in its colours (He et al., TPAMI 2013).
 
     Args:
-        image: the guide, 0..1.
-        values: what to smooth, such as a coarse map or mask.
-        radius: of the windows, pixels.
+        image: guide, in 0..1.
+        values: map or mask to smooth.
+        radius: radius of the windows, pixels.
         epsilon: ridge of the local model, squared units of the guide.
     """
 
@@ -24,14 +42,14 @@ def guided_filter(
     mean_image, mean_values = mean(image), mean(values)
     outer = image[..., :, None] * image[..., None, :]
     covariance = mean(outer) - mean_image[..., :, None] * mean_image[..., None, :]
-    shared = mean(image * values[..., None]) - mean_image * mean_values[..., None]
-    slope = np.linalg.solve(covariance + epsilon * np.eye(3), shared[..., None])[..., 0]
+    correlation = mean(image * values[..., None]) - mean_image * mean_values[..., None]
+    slope = np.linalg.solve(covariance + epsilon * np.eye(3), correlation[..., None])[..., 0]
     offset = mean_values - np.sum(slope * mean_image, axis=-1)
     return np.sum(mean(slope) * image, axis=-1) + mean(offset)
 
 
 def guided_mask(image: Float[np.ndarray, "h w 3"], coarse_mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """m0 through :func:`guided_filter`, above one half."""
+    """Returns the pixels where :func:`guided_filter` of m0 exceeds one half."""
     return guided_filter(image, coarse_mask.astype(np.float64)) > 0.5
 
 
@@ -42,9 +60,15 @@ def grabcut(
     *,
     num_steps: int = 5,
 ) -> Bool[np.ndarray, "h w"]:
-    """GrabCut (Rother et al. 2004, OpenCV's): m0 probably foreground, the rest of the region probably not, all else not.
+    """Segments by GrabCut (Rother et al. 2004, in OpenCV).
 
     Needs OpenCV: ``pip install opencv-python-headless``.
+
+    Args:
+        image: input, in 0..1.
+        coarse_mask: m0, probably foreground.
+        region: suspect region; its other pixels are probably background, and pixels outside it certainly.
+        num_steps: number of iterations.
     """
     import cv2
 
@@ -64,18 +88,18 @@ def grabcut(
 def stable_mask(
     anomaly_map: Float[np.ndarray, "h w"], low: float, high: float, *, num_levels: int = 64, min_length: int = 4
 ) -> Bool[np.ndarray, "h w"]:
-    """The map above the threshold at which its parts are the most stable, after MEBin (Huang et al., CVPR 2025).
+    """Cuts a map at the threshold where its connected parts are most stable, after MEBin (Huang et al., CVPR 2025).
 
-    The threshold falls from ``high`` to ``low``. Of the intervals over which the number of connected parts (8-neighbours)
-    stays the same and is not zero, the longest gives the mask, at its lower end; where none is as long as ``min_length``
-    levels, the image is good. Departure: MEBin erodes the mask before it counts.
+    The threshold falls from ``high`` to ``low``. Over some intervals the number of connected parts (8-neighbours) is
+    constant and not zero. The threshold at the lower end of the longest such interval gives the mask. Where no
+    interval has ``min_length`` levels, the mask is empty. Departure: MEBin erodes the mask before it counts.
 
     Args:
-        anomaly_map: of one image.
-        low: the lowest value of all images' maps.
-        high: their highest.
-        num_levels: thresholds that are tried.
-        min_length: the shortest interval that counts as stable.
+        anomaly_map: map of one image.
+        low: lowest value in the maps of all images.
+        high: highest value in the maps of all images.
+        num_levels: number of thresholds.
+        min_length: length of the shortest stable interval, levels.
     """
     levels = np.linspace(high, low, num_levels, endpoint=False)
     counts = np.array([scipy.ndimage.label(anomaly_map > t, np.ones((3, 3)))[1] for t in levels])  # pyright: ignore

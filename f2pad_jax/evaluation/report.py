@@ -1,4 +1,4 @@
-"""A run of :func:`~f2pad_jax.evaluation.evaluate.evaluate` as one HTML file that opens offline."""
+"""Report of a run: one HTML file that opens offline."""
 
 import base64
 import html
@@ -12,37 +12,42 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool, UInt8
 
-from f2pad_jax.checkpoints import write_atomically
-from f2pad_jax.evaluation import metrics
-from f2pad_jax.evaluation.charts import inline, line_chart
-from f2pad_jax.evaluation.evaluate import FULL, Looked, load_curves, load_images
+from f2pad_jax._storage import write_atomically
+from f2pad_jax.evaluation._charts import embedded, line_chart
+from f2pad_jax.evaluation._store import ImageResult, load_curves, load_images
+from f2pad_jax.evaluation.cases import FULL
+from f2pad_jax.images import metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
+"""Page with places for tables and cases."""
 
 
 def write_report(out: str | Path, *, limit: int | None = 60) -> Path:
-    """Write ``report.html``: the tables, and a gallery to compare input, masks and restored image in.
+    """Writes ``report.html``: the tables, and a gallery that compares input, masks and restored image.
 
     Args:
-        out: the folder of the run, with its ``tables.md``.
-        limit: at most this many images of a case, the worst first; None: all. An image takes about 25 kB.
+        out: folder of the run, with its ``tables.md``.
+        limit: largest number of images of a case, lowest IoU first; None: all. An image takes about 25 kB.
+
+    Returns:
+        The path of the report.
     """
     out = Path(out)
     cases = [case for folder in sorted((out / "runs").iterdir()) if (case := _case(folder, limit))]
-    sizes = "\n".join(inline(path.read_text()) for path in sorted((out / "pictures").glob("*-sizes.svg")))
+    sizes = "\n".join(embedded(path.read_text()) for path in sorted((out / "pictures").glob("*-sizes.svg")))
     page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()) + sizes)
-    data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # may not end the script it stands in
+    data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # "</script>" would end the script around it
     path = out / "report.html"
     write_atomically(path, page.replace("/*CASES*/", data).encode())
     return path
 
 
 def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
-    """A case's images, worst first."""
+    """Returns the images of a case, defective ones of lowest IoU first, with its charts; None without images."""
     if not (folder / "case.json").exists():
         return None
-    found = [i for i in load_images(folder) if FULL in i.masks]
-    order = sorted(found, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
+    images = [i for i in load_images(folder) if FULL in i.masks]
+    order = sorted(images, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
     charts = [
         line_chart(f"{name}: Eq. (12) and its terms", series, x="step", y="")
         for name, series in load_curves(folder).items()
@@ -51,7 +56,7 @@ def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
     return {"name": folder.name, "images": [_entry(i) for i in order], "charts": charts} if order else None
 
 
-def _entry(image: Looked) -> dict[str, Any]:
+def _entry(image: ImageResult) -> dict[str, Any]:
     mask = image.masks[FULL]
     return {
         "name": image.name,
@@ -74,7 +79,7 @@ def _photo(image: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def _mask(mask: Bool[np.ndarray, "h w"]) -> str:
-    """Anomalous pixels in red, the others transparent."""
+    """Returns the address of a picture with anomalous pixels in red and the others transparent."""
     picture = PIL.Image.fromarray(mask.astype(np.uint8), "P")
     picture.putpalette([0, 0, 0, 255, 40, 40])
     buffer = io.BytesIO()
@@ -83,7 +88,7 @@ def _mask(mask: Bool[np.ndarray, "h w"]) -> str:
 
 
 def tables_html(text: str) -> str:
-    """The Markdown that ``tables.md`` is written in, headings, tables and paragraphs, as HTML."""
+    """Converts ``tables.md`` to HTML: headings, tables and paragraphs."""
     parts, rows = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
@@ -100,7 +105,7 @@ def tables_html(text: str) -> str:
 
 
 def _rows_html(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the header, the second its underline."""
+    """Converts the rows of a table; the first is its header, the second the line below the header."""
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
     return f'<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,15 +1,13 @@
-"""The solver of Algorithm 1, its parts and its kin."""
+"""Solvers of Eq. (12) and the loop that runs them."""
 
-from f2pad_jax.solvers.adan import scale_by_adan as scale_by_adan
-from f2pad_jax.solvers.descent import Descent as Descent
-from f2pad_jax.solvers.descent import Proximal as Proximal
-from f2pad_jax.solvers.loop import AbstractSolver as AbstractSolver
-from f2pad_jax.solvers.loop import Outcome as Outcome
-from f2pad_jax.solvers.loop import Solution as Solution
-from f2pad_jax.solvers.loop import State as State
-from f2pad_jax.solvers.loop import solve as solve
-from f2pad_jax.solvers.loop import start as start
-from f2pad_jax.solvers.recorded import Record as Record
-from f2pad_jax.solvers.recorded import Recorded as Recorded
-from f2pad_jax.solvers.sharing import GradientSharing as GradientSharing
-from f2pad_jax.solvers.sharing import Sharing as Sharing
+from f2pad_jax.solvers.adan import scale_by_adan
+from f2pad_jax.solvers.base import AbstractSolver, State, Stopping, start
+from f2pad_jax.solvers.descent import Descent
+from f2pad_jax.solvers.loop import Outcome, Solution, solve
+from f2pad_jax.solvers.proximal import Proximal
+from f2pad_jax.solvers.sharing import GradientSharing, Sharing
+
+__all__ = [
+    "AbstractSolver", "Descent", "GradientSharing", "Outcome", "Proximal", "Sharing", "Solution", "State", "Stopping",
+    "scale_by_adan", "solve", "start",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adan as an optax transform, by its authors' rule."""
+"""Adan as an optax transform, by the rule of its authors."""
 
 from typing import Any, NamedTuple
 
@@ -9,28 +9,35 @@ from jaxtyping import Array, Int
 
 
 class ScaleByAdanState(NamedTuple):
-    """Moments of the gradient, of its change, and of the squared look-ahead gradient."""
+    """State of :func:`scale_by_adan`; the pytrees have the shape of the gradient."""
 
     count: Int[Array, ""]
+    """Number of steps taken."""
     m: Any
+    """Moment of the gradient."""
     v: Any
+    """Moment of the gradient's change."""
     s: Any
+    """Moment of the squared look-ahead gradient."""
     previous: Any
-    """The gradient of the last step."""
+    """Gradient of the last step."""
 
 
-def scale_by_adan(b1: float = 0.98, b2: float = 0.92, b3: float = 0.99, eps: float = 1e-8) -> optax.GradientTransformation:
-    r"""Adaptive Nesterov momentum (Xie et al., TPAMI 2024; the paper's reference 46).
+def scale_by_adan(
+    *, b1: float = 0.98, b2: float = 0.92, b3: float = 0.99, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Returns adaptive Nesterov momentum (Xie et al., TPAMI 2024; the paper's reference 46).
 
-    .. math::
-        d &= g_t - g_{t-1} \quad (0 \text{ at the first step}) \\
-        m &\leftarrow b_1 m + (1 - b_1) g, \quad
-        v \leftarrow b_2 v + (1 - b_2) d, \quad
-        s \leftarrow b_3 s + (1 - b_3)(g + b_2 d)^2 \\
-        u &= (\hat m + b_2 \hat v) / (\sqrt{\hat s} + \epsilon)
+    With the gradient g of this step and the gradient g₀ of the last step:
 
-    with all three moments bias-corrected. ``optax.adan`` (0.2.8) weighs ``d`` by ``1 - b2`` where the authors' code and
-    paper have ``b2``: equal at the first step, wrong from the second (optax pull request 1715).
+    - ``d = g - g₀``, 0 at the first step
+    - ``m ← b1·m + (1 - b1)·g``
+    - ``v ← b2·v + (1 - b2)·d``
+    - ``s ← b3·s + (1 - b3)·(g + b2·d)²``
+    - direction ``(m̂ + b2·v̂) / (√ŝ + eps)``
+
+    All three moments are bias-corrected. ``optax.adan`` (0.2.8) differs from the second step on: it weights ``d`` by
+    ``1 - b2``, where the authors' code and paper have ``b2`` (optax pull request 1715).
     """
 
     def init(params: Any) -> ScaleByAdanState:
@@ -57,3 +64,8 @@ def scale_by_adan(b1: float = 0.98, b2: float = 0.92, b3: float = 0.99, eps: flo
         return jax.tree.map(direction, m, v, s), ScaleByAdanState(count, m, v, s, grads)
 
     return optax.GradientTransformation(init, update)
+
+
+def adan() -> optax.GradientTransformation:
+    """Returns Adan as an optax optimiser, with the authors' betas and learning rate 1."""
+    return optax.chain(scale_by_adan(), optax.scale(-1.0))

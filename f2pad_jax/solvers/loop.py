@@ -1,22 +1,21 @@
-"""The loop of Algorithm 1, and what it asks of a solver."""
+"""The loop of Algorithm 1, shared by all solvers."""
 
-import abc
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from f2pad_jax.detectors.base import Where
-from f2pad_jax.objective import Problem, norm
-from f2pad_jax.units import Scalar
+from f2pad_jax.detectors.base import Context
+from f2pad_jax.objective.problem import Problem
+from f2pad_jax.solvers.base import AbstractSolver, State
 
 
 class Outcome(enum.IntEnum):
-    """What became of one image."""
+    """Outcome of one image."""
 
     CONVERGED = 0
     STEP_LIMIT = 1
@@ -26,7 +25,7 @@ class Outcome(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """The same in a sentence."""
+        """Sentence that explains the outcome to a user."""
         return _MESSAGES[self]
 
 
@@ -35,141 +34,92 @@ _MESSAGES = {
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
     Outcome.NOTHING_TO_REFINE: "no pixel of the coarse map exceeds the threshold: the image is good, the mask empty",
     Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
-    Outcome.COVERS_IMAGE: "the suspect region covers the image: nothing is left to go by; the mask is the coarse one",
+    Outcome.COVERS_IMAGE: "the suspect region covers the image: no good pixel is left to start from; the coarse mask stays",
 }
 
 
-class State(NamedTuple):
-    """What the next step needs."""
-
-    n: Float[Array, "h w 3"]
-    objective: Float[Array, ""]
-    """Before the last step."""
-    memory: Any
-    """The solver's own: moments, fixed weights."""
-
-
-def start(problem: Problem, n0: Float[Array, "h w 3"], memory: Any) -> State:
-    """The state with n0 inside the region, x outside, and an objective anything improves on."""
-    n = jnp.where(problem.region[..., None], n0, problem.x)
-    return State(n, jnp.asarray(jnp.inf, n.dtype), memory)
-
-
 class Solution(NamedTuple):
-    """Where the loop ended."""
+    """Solution of Eq. (12) for one problem."""
 
     n: Float[Array, "h w 3"]
-    """Normalised intensity."""
+    """Normal image, normalised intensity."""
     steps: Int[Array, ""]
+    """Number of steps taken."""
     objective: Float[Array, ""]
+    """Value of Eq. (12) before the last step."""
     outcome: Int[Array, ""]
+    """An :class:`Outcome`."""
     memory: Any
-    """The solver's own, after the last step."""
-
-
-FEW_STEPS = 5
-"""In fewer, it may be by chance that no pixel comes or goes."""
-
-
-class AbstractSolver(eqx.Module):
-    """A way to minimise Eq. (12): a pytree of its constants with four methods, of which the last two have a default."""
-
-    learning_rate: eqx.AbstractVar[Scalar]
-    """Scale of the steps."""
-    tolerance: eqx.AbstractVar[Scalar]
-    """Converged when the objective falls by less than this a step."""
-    settled: eqx.AbstractVar[Scalar]
-    """Converged, too, when of the pixels that stand out in a less than this share comes or goes a step, on average between
-    looks at least five steps apart, and with sparsity (β > 0) alone, which is what sets them apart; 0: never."""
-
-    def at_rate(self, learning_rate: Scalar) -> "AbstractSolver":
-        """The same solver with another learning rate."""
-        return eqx.tree_at(lambda solver: solver.learning_rate, self, learning_rate)
-
-    def endless(self) -> "AbstractSolver":
-        """The same solver without its stopping rules."""
-        return eqx.tree_at(lambda solver: (solver.tolerance, solver.settled), self, (-jnp.inf, 0.0))
-
-    @abc.abstractmethod
-    def init(self, problem: Problem, n0: Float[Array, "h w 3"]) -> State:
-        """The state to start from: :func:`start` with what the solver remembers."""
-
-    @abc.abstractmethod
-    def step(self, problem: Problem, state: State) -> State:
-        """One step; n stays x outside the region and a valid image inside."""
-
-    def terminate(self, problem: Problem, before: State, after: State, num_steps: int) -> Bool[Array, ""]:
-        """Whether to stop, ``num_steps`` after ``before``; never at the first look, before which the objective is inf.
-
-        Departure: the paper has the first rule alone. Where a flat patch is cut out, n goes on to change inside it long
-        after the last pixel has been told apart.
-        """
-        fall = (before.objective - after.objective) / num_steps
-        if num_steps < FEW_STEPS:
-            return fall < self.tolerance
-        change = 1 - overlap(outstanding(problem, before.n), outstanding(problem, after.n))
-        is_settled = (problem.weights.beta > 0) & jnp.isfinite(fall) & (change / num_steps < self.settled)
-        return (fall < self.tolerance) | is_settled
-
-    def postprocess(self, problem: Problem, n: Float[Array, "h w 3"], tau: Scalar) -> Bool[Array, "h w"]:
-        """The anomalous pixels of a solution (Eq. 2), where |a| exceeds ``tau``."""
-        return problem.region & (jnp.linalg.norm(problem.x - n, axis=-1) > tau)
-
-
-def outstanding(problem: Problem, n: Float[Array, "h w 3"]) -> Bool[Array, "h w"]:
-    """The pixels where |a| is more than half its level, which is its mean weighted by itself.
-
-    Of a glaring defect and a faint one in the same problem, that is the glaring one alone.
-    """
-    size = problem.region * norm(problem.x - n)
-    return size > 0.5 * jnp.sum(size**2) / jnp.maximum(jnp.sum(size), 1e-6)
-
-
-def overlap(one: Bool[Array, "h w"], other: Bool[Array, "h w"]) -> Float[Array, ""]:
-    """Intersection over union; 0 of nothing and nothing."""
-    return jnp.sum(one & other) / jnp.maximum(jnp.sum(one | other), 1)
+    """Memory of the solver after the last step."""
 
 
 class Iterate(NamedTuple):
-    """The loop between two looks at the stopping rule."""
+    """State of the loop between two checks of the stopping rules."""
 
-    where: Where
-    """The detector's view of n."""
+    context: Context
+    """Context of the detector, refreshed for n."""
     state: State
+    """State of the solver."""
     steps: Int[Array, ""]
+    """Number of steps taken."""
     failed: Bool[Array, ""]
+    """Whether a step became non-finite."""
     converged: Bool[Array, ""]
+    """Whether a stopping rule applied."""
 
     def going(self, max_steps: int | Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether there is a step left to take."""
+        """Returns whether another step may be taken."""
         return ~self.converged & ~self.failed & (self.steps < max_steps)
 
 
 def begin(solver: AbstractSolver, problem: Problem, n0: Float[Array, "h w 3"]) -> Iterate:
-    """Line 3 of Algorithm 1; already converged where the region is empty."""
+    """Returns the loop's first state (line 3 of Algorithm 1), already converged where the region is empty."""
     empty = ~jnp.any(problem.region)
-    return Iterate(problem.where, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty)
+    return Iterate(problem.context, solver.init(problem, n0), jnp.zeros((), jnp.int32), jnp.zeros((), bool), empty)
 
 
-def advance(solver: AbstractSolver, problem: Problem, iterate: Iterate, num_steps: int) -> Iterate:
-    """``num_steps`` times lines 5-7 on a view of n that the detector refreshes first, and a look at the stopping rule."""
-    before = iterate.state
-    where = problem.detector.refresh(problem.view(before.n), iterate.where)
-    now = dataclasses.replace(problem, where=where)
+Observe = Callable[[Problem, State, State], Any]
+"""Function of the problem and of the states before and after a step; returns a pytree of arrays to record."""
 
-    def one(_, carry):
-        state, steps, failed = carry
-        new = solver.step(now, state)
-        failed = failed | ~(jnp.isfinite(new.objective) & jnp.all(jnp.isfinite(new.n)))
-        n, objective = jax.tree.map(lambda a, b: jnp.where(failed, a, b), state[:2], new[:2])
-        return State(n, objective, new.memory), steps + 1, failed
 
-    state, steps, failed = jax.lax.fori_loop(0, num_steps, one, (before, iterate.steps, iterate.failed))
-    return Iterate(where, state, steps, failed, solver.terminate(now, before, state, num_steps))
+def advance(
+    solver: AbstractSolver, problem: Problem, iterate: Iterate, num_steps: int, observe: Observe = lambda *_: None
+) -> tuple[Iterate, Any]:
+    """Refreshes the context, takes ``num_steps`` steps (lines 5-7) and checks the stopping rules.
+
+    Returns:
+        The new state of the loop, and the observations of all steps, stacked.
+    """
+    problem = refreshed(problem, iterate)
+
+    def one(carry: tuple, _) -> tuple[tuple, Any]:
+        new = step(solver, problem, *carry)
+        return new, observe(problem, carry[0], new[0])
+
+    carry = iterate.state, iterate.steps, iterate.failed
+    (state, steps, failed), record = jax.lax.scan(one, carry, length=num_steps)
+    converged = solver.stopping(problem, iterate.state, state, num_steps)
+    return Iterate(problem.context, state, steps, failed, converged), record
+
+
+def refreshed(problem: Problem, iterate: Iterate) -> Problem:
+    """Returns the problem with the detector's context refreshed for the current n."""
+    context = problem.detector.refresh(problem.view(iterate.state.n), iterate.context)
+    return dataclasses.replace(problem, context=context)
+
+
+def step(
+    solver: AbstractSolver, problem: Problem, state: State, steps: Int[Array, ""], failed: Bool[Array, ""]
+) -> tuple[State, Int[Array, ""], Bool[Array, ""]]:
+    """Takes one step; keeps the last finite n and objective if the step becomes non-finite."""
+    new = solver.step(problem, state)
+    failed = failed | ~(jnp.isfinite(new.objective) & jnp.all(jnp.isfinite(new.n)))
+    n, objective = jax.tree.map(lambda a, b: jnp.where(failed, a, b), state[:2], new[:2])
+    return State(n, objective, new.memory), steps + 1, failed
 
 
 def finish(problem: Problem, iterate: Iterate) -> Solution:
-    """What the loop has come to."""
+    """Returns the solution at the end of the loop."""
     _, state, steps, failed, converged = iterate
     empty = ~jnp.any(problem.region)
     outcome = jnp.select(
@@ -188,14 +138,21 @@ def solve(
     max_steps: int | Int[Array, ""] = 150,
     steps_per_check: int = 10,
 ) -> Solution:
-    """Minimise Eq. (12) from n0: lines 3-8 of Algorithm 1.
+    """Minimises Eq. (12) from n0: lines 3-8 of Algorithm 1.
 
-    Every ``steps_per_check`` steps the detector refreshes its view of n, and the loop ends where the solver says so
-    (departure: the paper compares two successive steps; ``steps_per_check=1`` is that).
+    Every ``steps_per_check`` steps the detector refreshes its context and the stopping rules are checked. Departure: the
+    paper checks after every step, as with ``steps_per_check=1``.
+
+    Args:
+        solver: method of minimisation.
+        problem: objective and region.
+        n0: first guess, normalised intensity.
+        max_steps: limit of steps, rounded up to a multiple of ``steps_per_check``.
+        steps_per_check: steps between two checks.
     """
     iterate = jax.lax.while_loop(
         lambda iterate: iterate.going(max_steps),
-        lambda iterate: advance(solver, problem, iterate, steps_per_check),
+        lambda iterate: advance(solver, problem, iterate, steps_per_check)[0],
         begin(solver, problem, n0),
     )
     return finish(problem, iterate)

@@ -1,0 +1,148 @@
+"""Helpers of all sub-commands: arguments, output folders, progress, and the cache of compiled programs."""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+
+from f2pad_jax.errors import OptionError
+from f2pad_jax.progress import Progress
+
+LINE_INTERVAL_S = 10.0
+"""Least time between two lines of progress, seconds. Lines replace the bars where there is no terminal."""
+COMPILING = (
+    "a window is the part of an image that is solved; the first window of each size takes up to half a minute longer: "
+    "its program is compiled, and kept for later runs"
+)
+"""Message before the first image is refined."""
+
+
+def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    """Adds a sub-command and returns its parser.
+
+    Args:
+        commands: sub-parsers of the command line, as ``add_subparsers`` returns them.
+        name: name of the sub-command.
+        text: help text, one sentence without its full stop.
+        run: function that runs the sub-command.
+    """
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that name the network and its weight file."""
+    parser.add_argument(
+        "--backbone", default="efficientnet-lite0", help="network that extracts the features (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weight file of the network (default: the installed one)"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the size that images are resized to."""
+    text = "side of the square that images are resized to, in pixels (default: %(default)s)"
+    parser.add_argument("--size", type=at_least(1), default=224, help=text)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the seed."""
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random choices (default: %(default)s)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns a parser of an argument that is a whole number of at least ``least``."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    number.__name__ = "whole number"  # argparse writes "invalid whole number value"
+    return number
+
+
+def make_folder(path: Path) -> None:
+    """Creates an output folder before the work begins. A wrong folder is then refused at once, not after hours.
+
+    Raises:
+        OptionError: ``path`` is a file, or lies below one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OptionError(f"{path}: not a folder; --out must name a folder that exists or can be made") from None
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache, unless JAX's own variable names another folder."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def shown_progress(*, sizes: bool = False) -> Iterator[Progress]:
+    """Yields a progress function that draws bars on standard error, or prints lines where there is no terminal.
+
+    Args:
+        sizes: whether the counts are bytes.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _printed(sizes)
+        return
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn()) if sizes else (MofNCompleteColumn(),)
+    columns = SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(), *counts, TimeElapsedColumn()
+    with Bars(*columns, console=console) as bars:
+        yield _drawn(bars)
+
+
+def _printed(sizes: bool) -> Progress:
+    """Returns a progress function that prints at most one line every :data:`LINE_INTERVAL_S` seconds."""
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_INTERVAL_S:
+            last = time.monotonic()
+            count = f"{decimal(done)} of {decimal(total)}" if sizes else f"{done}/{total}"
+            print(f"{time.strftime('%H:%M:%S')} {stage} {count}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def _drawn(bars: Bars) -> Progress:
+    """Returns a progress function that draws one bar for each stage. The name of a stage ends at its first comma."""
+    tasks: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        name = stage.split(",")[0]
+        if name not in tasks:
+            tasks[name] = bars.add_task(stage, total=total)
+        bars.update(tasks[name], completed=done, total=total, description=stage)
+
+    return report

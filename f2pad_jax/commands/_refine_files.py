@@ -1,0 +1,142 @@
+"""Files of ``f2pad refine``. Each result is written as soon as it is done, so a stopped run continues where it stopped."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2pad_jax._storage import file_sha256, write_atomically
+from f2pad_jax._version import __version__
+from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.images.files import read_image, state_of, write_png
+from f2pad_jax.images.pictures import overlay
+from f2pad_jax.inpainting._choice import INPAINTERS
+from f2pad_jax.method.algorithm import Refined
+from f2pad_jax.method.history import history as trace
+from f2pad_jax.method.settings import Settings
+from f2pad_jax.progress import Progress
+from f2pad_jax.refinement import refine_many
+from f2pad_jax.solvers.loop import Outcome
+
+Task = tuple[Path | str, str]
+"""Path of an image, or its address in a bucket, and the name of its results."""
+Record = dict[str, Any]
+"""Figures of one image and the names of its files, as ``results.json`` has them."""
+Work = Callable[[Sequence[Task]], Iterator[Record]]
+"""Function that refines images, writes their files, and yields a record of each, in any order."""
+
+
+def refine_files(
+    model: Path, tasks: Sequence[Task], out: Path, work: Work, recipe: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Refines the images that are not done, and writes the records of all images to ``results.json``.
+
+    The records are in the order of ``tasks``.
+
+    Args:
+        model: model file.
+        tasks: images to refine.
+        out: folder for the results.
+        work: function that refines.
+        recipe: all other options that change the results. Records of a run with another recipe or model are dropped.
+        progress: function that is told how many images are done.
+
+    Returns:
+        The content of ``results.json``.
+    """
+    began, partial = time.perf_counter(), out / "results.partial"
+    made_by = {"version": __version__, "settings": Settings().described()}
+    recipe = {**made_by, "model": str(model), "sha256": file_sha256(model), **recipe}
+    done = _kept(partial, recipe)
+    waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != state_of(task[0])]
+    progress("refining", len(tasks) - len(waiting), len(tasks))
+    with partial.open("a") as log:
+        for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
+            done[record["image"]] = record
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            progress("refining", count, len(tasks))
+    images = [{key: value for key, value in done[str(path)].items() if key != "file"} for path, _ in tasks]
+    results = {**recipe, "seconds": round(time.perf_counter() - began, 2), "refined_now": len(waiting), "images": images}
+    write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
+    partial.unlink()
+    return results
+
+
+def _kept(partial: Path, recipe: dict[str, Any]) -> dict[str, Record]:
+    """Returns the records of a stopped run with this recipe, by image. If there is no such run, it begins a new file."""
+    lines = partial.read_text().splitlines() if partial.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the run was stopped in the middle of a line
+            break
+    if not records or _without_path(records[0]) != _without_path(recipe):
+        records = [recipe]
+    write_atomically(partial, "".join(json.dumps(record) + "\n" for record in records).encode())
+    return {record["image"]: record for record in records[1:]}
+
+
+def _without_path(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without the path of its model, whose checksum is enough."""
+    return {key: value for key, value in recipe.items() if key != "model"}
+
+
+def worker(
+    detector: AbstractDetector,
+    out: Path,
+    *,
+    inpaint: str = INPAINTERS[0],
+    lanes: int | None = None,
+    history: bool = False,
+) -> Work:
+    """Returns a function that refines in this process, on all its devices.
+
+    Args:
+        detector: fitted detector.
+        out: folder for the results.
+        inpaint: name of the inpainter.
+        lanes: as for :func:`f2pad_jax.refine_many`.
+        history: whether to write the history of each image as well.
+    """
+
+    def work(tasks: Sequence[Task]) -> Iterator[Record]:
+        results = refine_many(detector, [path for path, _ in tasks], inpaint=inpaint, lanes=lanes)
+        for (path, name), result in zip(tasks, results, strict=True):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            if history:
+                past = trace(detector, read_image(path), inpaint=inpaint)
+                past.save_csv(out / f"{name}_history.csv")
+                past.save_animation(out / f"{name}_history.gif")
+                past.save_figure(out / f"{name}_history.png")
+            yield written(path, name, result, inpaint, out)
+
+    return work
+
+
+def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path) -> Record:
+    """Writes the mask, the restored image and the overlay of an image, and returns its record."""
+    outcome = Outcome(int(result.outcome))
+    files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}
+    write_png(out / files["mask"], np.asarray(result.mask))
+    write_png(out / files["normal"], np.asarray(result.normal))
+    write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), np.asarray(result.mask)))
+    return {
+        "image": str(path),
+        "file": state_of(path),
+        **files,
+        "anomalous_pixels": int(result.mask.sum()),
+        "anomalous_share": float(result.mask.mean()),
+        "coarse_share": float(result.coarse_mask.mean()),
+        "max_score": float(result.coarse_map.max()),
+        "inpainter": inpainter,
+        "sparsity": float(result.sparsity),
+        "steps": int(result.steps),
+        "objective": float(result.objective),
+        "outcome": outcome.name.lower(),
+        "message": outcome.message,
+    }

@@ -1,0 +1,109 @@
+"""``f2pad evaluate``: the paper's tables on a data set in MVTec layout."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from f2pad_jax.commands._console import (
+    add_command,
+    add_network,
+    add_seed,
+    add_size,
+    at_least,
+    make_folder,
+    shown_progress,
+    use_compilation_cache,
+)
+from f2pad_jax.detectors.registry import DETECTORS
+from f2pad_jax.evaluation.cases import ABLATIONS
+from f2pad_jax.evaluation.report import write_report
+from f2pad_jax.evaluation.runs import evaluate
+from f2pad_jax.evaluation.tables import write_tables
+
+
+def add(commands: Any) -> None:
+    """Adds the sub-command."""
+    text = "measure detectors with and without refinement, as in the paper's tables; a stopped run continues"
+    parser = add_command(commands, "evaluate", text, run)
+    parser.add_argument(
+        "root",
+        type=Path,
+        metavar="ROOT",
+        help="data set in MVTec layout, or 'textures' for the photographs of 'f2pad demo'",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder of the evaluation")
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="categories to evaluate on (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(DETECTORS),
+        default=["patchcore"],
+        help="methods of the detectors (default: patchcore)",
+    )
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        default=["cut-paste"],
+        help="kinds of defects, one or more: cut-paste or hard (both synthetic), or real (default: cut-paste)",
+    )
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        default=["normal"],
+        help="numbers of training images, one or both: normal (all images), few-shot (16 images) (default: normal)",
+    )
+    parser.add_argument(
+        "--ablations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="variants of the method to run as well; each lacks one part, and 'paper' has the paper's settings: "
+        f"{', '.join(ABLATIONS)} (default: none)",
+    )
+    add_network(parser)
+    parser.add_argument(
+        "--images",
+        type=at_least(1),
+        help="largest number of defective images, and of good images, in each category "
+        "(default: all images of the data set, 54 synthetic defects)",
+    )
+    add_size(parser)
+    add_seed(parser)
+    parser.add_argument("--tune", action="store_true", help="also tune every detector, as 'f2pad tune' does")
+    parser.add_argument(
+        "--curves",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="number of defective images of each detector; the report draws their objective over the steps (default: 0)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the evaluation, prints the tables and writes the report."""
+    make_folder(arguments.out)
+    use_compilation_cache()
+    with shown_progress() as progress:
+        records = evaluate(
+            arguments.root,
+            arguments.out,
+            categories=arguments.categories,
+            methods=arguments.methods,
+            backbone=arguments.backbone,
+            weights=arguments.weights,
+            protocols=arguments.protocol,
+            settings=arguments.setting,
+            ablations=arguments.ablations,
+            images=arguments.images,
+            tune=arguments.tune,
+            curves=arguments.curves,
+            size=(arguments.size, arguments.size),
+            seed=arguments.seed,
+            progress=progress,
+        )
+    tables = write_tables(arguments.out, records)[0]
+    print(tables.read_text())
+    report = write_report(arguments.out)
+    print(
+        f"{report} shows every image; its folder also holds tables.md, timing.md, results.json, results.csv and pictures/"
+    )

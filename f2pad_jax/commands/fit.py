@@ -1,0 +1,124 @@
+"""``f2pad fit`` and ``f2pad tune``: a detector from a folder of defect-free images."""
+
+import argparse
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from f2pad_jax.backbones.backbone import find_network, load_backbone
+from f2pad_jax.commands._console import add_command, add_network, add_seed, add_size, shown_progress, use_compilation_cache
+from f2pad_jax.commands._model_files import described, normal_images
+from f2pad_jax.detectors import fitting
+from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.detectors.registry import DETECTORS
+from f2pad_jax.detectors.saving import save_detector
+from f2pad_jax.errors import OptionError
+from f2pad_jax.images.files import read_image
+from f2pad_jax.tuning import trials_table, tune
+
+_GENERAL = frozenset(inspect.signature(fitting.fit).parameters)
+"""Names of the arguments of all methods."""
+
+
+def add(commands: Any) -> None:
+    """Adds both sub-commands."""
+    parser = add_command(commands, "fit", "fit a detector to a folder of defect-free images", run)
+    _add_arguments(parser)
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="also choose the weights of the objective for these images, as 'f2pad tune' does",
+    )
+    text = "fit a detector, and choose the weights of the objective on synthetic defects; takes some minutes"
+    parser = add_command(commands, "tune", text, run)
+    _add_arguments(parser)
+    parser.set_defaults(tune=True)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
+    parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
+    parser.add_argument(
+        "--method", choices=list(DETECTORS), default="patchcore", help="method of the detector (default: %(default)s)"
+    )
+    add_size(parser)
+    add_seed(parser)
+    add_network(parser)
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers of the network, shallow to deep (default: the layers of the method)",
+    )
+    known = "; ".join(f"{name}: {', '.join(own_options(method))}" for name, method in DETECTORS.items())
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"options of the method; each method has its own ({known})",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fits or tunes a detector and writes the model file.
+
+    A stopped training continues from the file ``MODEL.partial`` beside the model file.
+    """
+    paths = normal_images(arguments.normal, arguments.out)
+    use_compilation_cache()
+    method = DETECTORS[arguments.method]
+    options = parsed_options(method, arguments.option)
+    layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
+    backbone = load_backbone(arguments.backbone, layers=layers, weights=arguments.weights)
+    options |= {
+        "size": (arguments.size, arguments.size),
+        "resume": arguments.out.with_name(f"{arguments.out.name}.partial"),
+        "seed": arguments.seed,
+    }
+    images = (read_image(path) for path in paths)
+    with shown_progress() as progress:
+        if arguments.tune:
+            detector, trials = tune(method, images, backbone, progress=progress, **options)
+        else:
+            detector, trials = fitting.fit(method, images, backbone, progress=progress, **options), []
+    save_detector(arguments.out, detector)
+    if trials:
+        print(trials_table(trials))
+    print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
+
+
+def own_options(method: type[AbstractDetector]) -> dict[str, Any]:
+    """Returns the options that only this method's ``fit`` has, with their defaults."""
+    parameters = inspect.signature(method.fit).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in _GENERAL}
+
+
+def parsed_options(method: type[AbstractDetector], pairs: Sequence[str]) -> dict[str, Any]:
+    """Returns the options of a method from ``NAME=VALUE`` pairs.
+
+    An option is a number of at least 0 if its default is a float, else a whole number of at least 1.
+
+    Raises:
+        OptionError: an option is unknown, or its value is not in this range.
+    """
+    known, options = own_options(method), {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known:
+            raise OptionError(f"{method.__name__} has no option '{name}'; it has {', '.join(known)}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        whole = not isinstance(known[name], float)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise OptionError(f"option {name}: '{text}' is no number of at least 0")
+        if whole and (value < 1 or value != int(value)):
+            raise OptionError(f"option {name}: '{text}' is no whole number of at least 1")
+        options[name] = int(value) if whole else float(value)
+    return options

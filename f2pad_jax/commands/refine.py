@@ -1,0 +1,114 @@
+"""``f2pad refine``: masks, restored images and overlays of images, which lie in files or in a bucket."""
+
+import argparse
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from f2pad_jax.commands._console import COMPILING, add_command, make_folder, shown_progress, use_compilation_cache
+from f2pad_jax.commands._ray import ray_workers
+from f2pad_jax.commands._refine_files import refine_files, worker
+from f2pad_jax.detectors.saving import load_detector
+from f2pad_jax.errors import ImageError
+from f2pad_jax.images.files import check_images, is_address, list_images
+from f2pad_jax.images.pictures import figures
+from f2pad_jax.inpainting._choice import INPAINTERS, full_name
+
+
+def add(commands: Any) -> None:
+    """Adds the sub-command."""
+    text = "mark the anomalous pixels of images; a stopped run continues where it stopped"
+    parser = add_command(commands, "refine", text, run)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model file, from 'f2pad fit' or 'f2pad import'")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE_OR_DIR",
+        help="images, or folders or buckets (s3://bucket/folder) that hold images",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for masks and pictures")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weight file of the model's network (default: the installed one)"
+    )
+    parser.add_argument(
+        "--inpaint",
+        choices=INPAINTERS,
+        default=INPAINTERS[0],
+        help="inpainter that makes the first guess of the normal image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        help="number of lanes: parts of images that are solved side by side "
+        "(default: 1 on each core of a CPU; elsewhere as many as the memory holds, at most 64)",
+    )
+    parser.add_argument(
+        "--ray",
+        type=int,
+        metavar="WORKERS",
+        help="refine in this number of Ray processes, on this machine or on the cluster that RAY_ADDRESS names",
+    )
+    parser.add_argument(
+        "--history",
+        action="store_true",
+        help="also write the solver's steps towards each mask, as curves, an animation and a table; takes twice the time",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks the arguments and the image files. Then it refines the images and writes the results."""
+    if arguments.ray is not None:  # accelerators are for the workers; this process only reads the model
+        jax.config.update("jax_platforms", "cpu")
+    if arguments.history:
+        figures()  # raises the error of a missing matplotlib before the first image, not after it
+    inpaint, out = full_name(arguments.inpaint), arguments.out
+    detector = load_detector(arguments.model, weights=arguments.weights)
+    found = list_images(arguments.images)
+    names = result_names([relative for _, relative in found])
+    check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
+    make_folder(out)
+    use_compilation_cache()
+    print(COMPILING)
+    options = {"inpaint": inpaint, "lanes": arguments.lanes, "history": arguments.history}
+    if arguments.ray is None:
+        work = worker(detector, out, **options)
+    else:
+        work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
+    recipe = {"inpaint": inpaint, "history": arguments.history}
+    tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
+    with shown_progress() as progress:
+        results = refine_files(arguments.model, tasks, out, work, recipe, progress)
+    print(summary(results, out))
+
+
+def summary(results: dict[str, Any], out: Path) -> str:
+    """Returns the last line of the command: counts of images, and the place of the results."""
+    records, count = results["images"], results["refined_now"]
+    num_anomalous = sum(record["anomalous_pixels"] > 0 for record in records)
+    before = f" ({len(records) - count} of them before)" if count < len(records) else ""
+    return (
+        f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_anomalous} with an anomaly, "
+        f"{len(records) - num_anomalous} good; masks and results.json are in {out}"
+    )
+
+
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """Returns a name for the results of each image: its relative path without the suffix.
+
+    If two images would then have one name, both names keep the suffix.
+
+    Raises:
+        ImageError: two images would have one name.
+    """
+    stems = [path.with_suffix("").as_posix() for path in paths]
+    count = collections.Counter(stems)
+    names = [
+        stem if count[stem] == 1 else path.as_posix().replace(".", "_") for stem, path in zip(stems, paths, strict=True)
+    ]
+    name, most = collections.Counter(names).most_common(1)[0]
+    if most > 1:
+        raise ImageError(f"the results of two images would both be named '{name}'; refine each folder with its own --out")
+    return names

@@ -1,0 +1,92 @@
+"""Fitting of any method to normal images: hold-out, calibration and refit, without a label."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from f2pad_jax.backbones.backbone import Backbone, find_network, load_backbone
+from f2pad_jax.detectors.base import NormalImages
+from f2pad_jax.detectors.calibration import D, calibrate, with_calibration
+from f2pad_jax.errors import ImageError
+from f2pad_jax.progress import Progress, silent
+
+MAX_HELD_OUT = 32
+"""Largest number of images held out for calibration."""
+
+Adjust = Callable[[D, NormalImages, NormalImages], D]
+"""Function of a calibrated detector, the held-out images and the other images; returns the detector with a better
+calibration."""
+
+
+def fit(
+    method: type[D],
+    images: Iterable[Shaped[np.ndarray | Array, "..."]],
+    backbone: Backbone | str,
+    *,
+    size: tuple[int, int] = (224, 224),
+    num_components: int = 6,
+    num_exemplars: int = 16,
+    adjust: Adjust | None = None,
+    resume: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **options: Any,
+) -> D:
+    """Fits a detector to defect-free images and calibrates it without a label.
+
+    First, one image in five, at most 32, is held out, and the method is fitted to the others. The held-out images, with and
+    without synthetic defects, give the scale of the scores and the threshold. Then the method is fitted again to all
+    images. Methods with a long training skip this refit (``refits = False``).
+
+    Args:
+        method: class of the detector, such as :class:`~f2pad_jax.detectors.PatchCore`, or one of your own.
+        images: at least two normal images of any sizes, each as :func:`~f2pad_jax.images.to_unit` takes it. They are read
+            once and kept at the detector's size, 6 bytes a pixel.
+        backbone: frozen feature extractor, or its name. A backbone given by name has the method's default layers.
+        size: height and width that images are resized to, multiples of the backbone's stride.
+        num_components: largest number of Gaussians of the pixel prior.
+        num_exemplars: largest number of training images kept for the inpainter.
+        adjust: function that improves the calibration before the refit; :func:`f2pad_jax.tune` passes one.
+        resume: file of the state of a long training, which goes on from the file. The fit removes the file at its end.
+            Methods with ``resumable = False`` do not use it.
+        seed: seed of everything drawn at random.
+        progress: function that receives stage, number done and total.
+        options: options of the method's own ``fit``, such as ``rank`` of ``PaDiM.fit``.
+
+    Raises:
+        ImageError: there are fewer than two images, an image can't be used, or the size does not suit the backbone.
+        CheckpointError: the backbone's weights are missing.
+    """
+    normals = NormalImages(images, size)
+    if len(normals) < 2:
+        raise ImageError(f"fitting needs at least two normal images; got {len(normals)} (one is held out for calibration)")
+    if isinstance(backbone, str):
+        layers = method.default_layers(find_network(backbone), len(normals))
+        backbone = load_backbone(backbone, layers=layers)
+    if any(side % backbone.stride or side <= 0 for side in size):
+        raise ImageError(f"size {size} is not a multiple of the backbone's stride {backbone.stride}; give another size")
+    if resume and method.resumable:
+        options["resume"] = resume
+    held_out, others = (normals.subset(indices) for indices in split(len(normals), seed))
+    held_out_progress = (lambda stage, *count: progress(f"held-out fit: {stage}", *count)) if method.refits else progress
+    detector = method.fit(others, backbone, seed=seed, progress=held_out_progress, **options)
+    counts = {"num_components": num_components, "num_exemplars": num_exemplars}
+    detector = calibrate(detector, held_out, others=others, **counts, seed=seed, progress=progress)
+    if adjust is not None:
+        detector = adjust(detector, held_out, others)
+    if method.refits:
+        refitted = method.fit(normals, backbone, seed=seed, progress=progress, **options)
+        detector = with_calibration(refitted, detector.calibrated)
+    if resume and method.resumable:
+        Path(resume).unlink(missing_ok=True)
+    return detector
+
+
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Returns the ascending indices of the held-out images, at most :data:`MAX_HELD_OUT`, and of the others."""
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = min(max(count // 5, 1), MAX_HELD_OUT)
+    return sorted(map(int, order[:held_out])), sorted(map(int, order[held_out:]))

@@ -1,0 +1,120 @@
+"""Saving of fitted detectors, each in one file: safetensors with a JSON header, no pickle."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from f2pad_jax._storage import content_checksum, read_safetensors, write_safetensors
+from f2pad_jax._version import __version__
+from f2pad_jax.backbones.backbone import Backbone, load_backbone
+from f2pad_jax.detectors._flow import Coupling, Flow
+from f2pad_jax.detectors.base import AbstractDetector, Calibration, Factors
+from f2pad_jax.detectors.padim import Full, LowRank
+from f2pad_jax.detectors.prior import PixelPrior
+from f2pad_jax.detectors.registry import DETECTORS
+from f2pad_jax.errors import CheckpointError, ModelError
+
+FORMAT = "f2pad-model-4"
+"""Name of the file format, with its version."""
+CLASSES: tuple[type[eqx.Module], ...] = (
+    *DETECTORS.values(),
+    Calibration,
+    Factors,
+    PixelPrior,
+    Full,
+    LowRank,
+    Flow,
+    Coupling,
+)
+"""Classes that a model file may hold. Loading makes objects of no other class."""
+
+
+def save_detector(path: str | Path, detector: AbstractDetector) -> None:
+    """Writes a fitted detector of any class, with the name and the weights' checksum of its backbone.
+
+    Raises:
+        ModelError: a field holds a value other than an array, module, tuple, text or number.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    content = {"version": __version__, "detector": _encode("detector", detector, tensors)}
+    header = json.dumps(content, sort_keys=True)
+    checksum = content_checksum(tensors, header=header)
+    write_safetensors(path, tensors, {"format": FORMAT, "header": header, "sha256": checksum})
+
+
+def load_detector(
+    path: str | Path, *, weights: str | Path | None = None, classes: Iterable[type[eqx.Module]] = ()
+) -> AbstractDetector:
+    """Reads a detector written by :func:`save_detector`, and loads its backbone.
+
+    Args:
+        path: model file.
+        weights: weight file of the backbone; default: the installed one.
+        classes: classes of your own detector, and of the modules in it.
+
+    Raises:
+        ModelError: the file is missing, damaged, altered or no model; it was fitted with other weights; or it holds
+            a class that is neither in this library nor in ``classes``.
+        CheckpointError: the backbone's weights are missing.
+    """
+    try:
+        tensors, metadata = read_safetensors(path)
+    except CheckpointError as error:
+        raise ModelError(f"not a model of this program: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ModelError(f"{path}: not a model of this version (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    if metadata.get("sha256") != content_checksum(tensors, header=metadata.get("header", "")):
+        raise ModelError(f"{path}: damaged or altered since it was written; fit the model again")
+    by_name = {cls.__name__: cls for cls in (*CLASSES, *classes)}
+    try:
+        return _decode(json.loads(metadata["header"])["detector"], tensors, by_name, weights)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except TypeError as error:  # the fields of a class have changed since
+        raise ModelError(f"{path}: saved by another version of its class ({error}); fit the model again") from None
+
+
+def _encode(name: str, value: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """Returns a value as JSON, and puts its arrays into ``tensors`` under their path in the detector."""
+    match value:
+        case Backbone():
+            checksum = np.asarray(value.checksum).tobytes().hex()
+            return {"backbone": value.name, "layers": value.layers, "sha256": checksum}
+        case eqx.Module():
+            names = [field.name for field in dataclasses.fields(value)]
+            fields = {field: _encode(f"{name}.{field}", getattr(value, field), tensors) for field in names}
+            return {"class": type(value).__name__, "fields": fields}
+        case jax.Array() | np.ndarray():
+            tensors[name] = np.asarray(value)
+            return {"tensor": name}
+        case tuple() | list():
+            return [_encode(f"{name}.{i}", item, tensors) for i, item in enumerate(value)]
+        case None | bool() | int() | float() | str():
+            return value
+    raise ModelError(f"{name} is a {type(value).__name__}, which a model file can't hold")
+
+
+def _decode(value: Any, tensors: dict[str, np.ndarray], classes: dict[str, type], weights: str | Path | None) -> Any:
+    """Returns the value that :func:`_encode` turned into JSON."""
+    match value:
+        case {"backbone": name, "layers": layers, "sha256": checksum}:
+            backbone = load_backbone(name, layers=tuple(layers), weights=weights)
+            if bytes.fromhex(checksum) != np.asarray(backbone.checksum).tobytes():
+                raise ModelError(f"fitted with other weights of {name}; give these weights, or fit the model again")
+            return backbone
+        case {"class": name, "fields": fields}:
+            if name not in classes:
+                raise ModelError(f"holds a {name}; pass its class to load_detector as classes=({name},)")
+            return classes[name](**{key: _decode(item, tensors, classes, weights) for key, item in fields.items()})
+        case {"tensor": name}:
+            return jnp.asarray(tensors[name])
+        case list():
+            return tuple(_decode(item, tensors, classes, weights) for item in value)
+    return value

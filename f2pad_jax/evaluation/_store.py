@@ -1,0 +1,134 @@
+"""Results of an evaluation on disk: one file for each image, and the curves of a few images."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from f2pad_jax._storage import write_atomically
+from f2pad_jax.data.mvtec import Sample
+from f2pad_jax.evaluation.cases import FULL
+from f2pad_jax.method.algorithm import Refined
+
+CURVES = "curves.json"
+"""Name of the file that :func:`save_curves` writes."""
+SHARED_BY_VARIANTS = ("image", "truth", "coarse_map", "coarse_mask", "region", "normal")
+"""Arrays of an image that are kept once for all variants."""
+
+Curves = dict[str, list[float]]
+"""Value of Eq. (12) and of each of its terms before every step, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageResult:
+    """Results for one test image, at the detector's size."""
+
+    name: str
+    """Name of the sample: ``KIND/STEM``."""
+    image: UInt8[np.ndarray, "h w 3"]
+    """Input."""
+    truth: Bool[np.ndarray, "h w"]
+    """Ground truth."""
+    coarse_map: Float[np.ndarray, "h w"]
+    """Anomaly map of the detector."""
+    coarse_mask: Bool[np.ndarray, "h w"]
+    """Coarse mask m0."""
+    region: Bool[np.ndarray, "h w"]
+    """Suspect region."""
+    normal: UInt8[np.ndarray, "h w 3"]
+    """Restored image."""
+    masks: dict[str, Bool[np.ndarray, "h w"]]
+    """Refined mask of each variant."""
+    steps: dict[str, int]
+    """Number of steps of each variant."""
+    seconds: dict[str, float]
+    """Time of each variant, without compilation."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the image has no defect."""
+        return not self.truth.any()
+
+
+def _file(folder: Path, name: str) -> Path:
+    """Returns the file of an image's results, by the folder of its case and the name of its sample."""
+    return folder / "images" / f"{name}.npz"
+
+
+def stored_variants(folder: Path, sample: Sample) -> list[str]:
+    """Returns the variants of an image that have results on disk."""
+    path = _file(folder, sample.name)
+    if not path.exists():
+        return []
+    with np.load(path) as arrays:
+        return _variants(arrays.files)
+
+
+def save_image(result: Refined, sample: Sample, folder: Path, variant: str, seconds: float) -> None:
+    """Writes the results of one variant for an image, beside the results of the other variants.
+
+    Args:
+        result: result of the refinement.
+        sample: test image.
+        folder: folder of the case.
+        variant: :data:`~f2pad_jax.evaluation.cases.FULL` or an ablation.
+        seconds: time since the end of the previous image.
+    """
+    path, arrays = _file(folder, sample.name), {}
+    if path.exists():
+        with np.load(path) as file:
+            arrays = dict(file)
+    if variant == FULL or not arrays:
+        arrays |= {
+            "image": np.rint((result.normal + result.anomaly) * 255).astype(np.uint8),
+            "truth": sample.truth((result.mask.shape[0], result.mask.shape[1])),
+            "coarse_map": result.coarse_map,
+            "coarse_mask": result.coarse_mask,
+            "region": result.region,
+            "normal": np.rint(result.normal * 255).astype(np.uint8),
+        }
+    arrays |= {f"mask {variant}": result.mask, f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_images(folder: Path) -> list[ImageResult]:
+    """Returns the results for the images of a case, in the order of its samples, without images not refined yet."""
+    results = []
+    for name in json.loads((folder / "case.json").read_text())["samples"]:
+        path = _file(folder, name)
+        if not path.exists():
+            continue
+        with np.load(path) as arrays:
+            variants = _variants(arrays.files)
+            results.append(
+                ImageResult(
+                    name=name,
+                    **{key: arrays[key] for key in SHARED_BY_VARIANTS},
+                    masks={v: arrays[f"mask {v}"] for v in variants},
+                    steps={v: int(arrays[f"steps {v}"]) for v in variants},
+                    seconds={v: float(arrays[f"seconds {v}"]) for v in variants},
+                )
+            )
+    return results
+
+
+def save_curves(folder: Path, curves: Mapping[str, Curves]) -> None:
+    """Writes the curves of some images of a case, by the names of their samples."""
+    write_atomically(folder / CURVES, json.dumps(curves).encode())
+
+
+def load_curves(folder: Path) -> dict[str, Curves]:
+    """Returns the curves of a case by the names of its samples; empty where none were kept."""
+    path = folder / CURVES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _variants(names: Iterable[str]) -> list[str]:
+    return [name.removeprefix("mask ") for name in names if name.startswith("mask ")]

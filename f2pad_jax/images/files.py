@@ -1,0 +1,171 @@
+"""Image files: reading, listing, writing."""
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import Shaped, UInt8
+
+from f2pad_jax._storage import write_atomically
+from f2pad_jax.errors import ImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MIN_SIDE = 16
+"""Smallest height or width of an image, pixels."""
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads an image file as 8-bit RGB, rotated according to its EXIF data.
+
+    Grey becomes three equal channels, alpha is dropped, a palette is looked up. 16 bits are scaled to 8 (full scale 65535).
+
+    Args:
+        path: file, or address in a bucket, such as ``s3://bucket/part.png`` (extra ``bucket``).
+
+    Raises:
+        ImageError: the file is missing, not an image, damaged or too large, or a side is under :data:`MIN_SIDE`.
+    """
+    try:
+        with _read_bytes(path) as file, PIL.Image.open(file) as opened:
+            image = PIL.ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I") or image.mode == "F":
+                values = np.asarray(image, np.float64)
+                if values.min() < 0 or values.max() > 65535 or image.mode == "F":
+                    raise ImageError(f"{path}: {image.mode} pixels up to {values.max():g}; expected 8 or 16 bits")
+                array = np.repeat((values / 257).round().astype(np.uint8)[..., None], 3, axis=-1)
+            else:
+                opaque = image.convert("RGBA") if "transparency" in image.info else image
+                array = np.asarray(opaque.convert("RGB"))
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ImageError(f"{path}: can't be opened ({error.strerror})") from None
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image, or in a format Pillow can't read") from None
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, PIL.Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: damaged or truncated image ({error})") from None
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise ImageError(f"{path}: {array.shape[1]}x{array.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
+    return array
+
+
+def is_address(path: str | Path) -> bool:
+    """Returns whether a path is an fsspec address, such as ``s3://bucket/...`` or ``gs://...``."""
+    return isinstance(path, str) and "://" in path
+
+
+def _bucket(address: str) -> tuple[Any, str]:
+    """Returns the file system of an address, and the path inside this file system."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:  # fsspec or its package for this kind of bucket is missing
+        raise ImageError(f"{address}: {error}; run: pip install 'f2pad-jax[bucket]', or the missing package") from None
+    except ValueError as error:
+        raise ImageError(f"{address}: {error}") from None
+
+
+@contextlib.contextmanager
+def _as_image_errors(address: str) -> Iterator[None]:
+    """Turns any error of a bucket's file system into an ImageError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ImageError(f"{address}: no such file or folder") from None
+    except Exception as error:
+        raise ImageError(f"{address}: can't be read ({error})") from None
+
+
+def _read_bytes(path: str | Path) -> io.BytesIO:
+    """Reads a file, local or in a bucket, into memory."""
+    if not is_address(path):
+        return io.BytesIO(Path(path).read_bytes())
+    system, inside = _bucket(str(path))
+    with _as_image_errors(str(path)):
+        return io.BytesIO(system.cat_file(inside))
+
+
+def state_of(path: str | Path) -> list[int | str]:
+    """Returns values that change with the file: size and modification time, or the key that the bucket gives the file."""
+    if is_address(path):
+        system, inside = _bucket(str(path))
+        with _as_image_errors(str(path)):
+            return [system.ukey(inside)]
+    status = Path(path).stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
+    """Lists the images under each source (file, folder or bucket), sorted, each with its path relative to the source.
+
+    In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A source that is a file is always
+    listed. An image in a bucket is listed by its address (a string), any other image by its path.
+
+    Raises:
+        ImageError: a source is missing, or a folder holds no image.
+    """
+    images: list[tuple[Any, Path]] = []
+    for source in sources:
+        exists, inside = _in_bucket(str(source)) if is_address(source) else _in_files(Path(source))
+        if not exists:
+            raise ImageError(f"{source}: no such file or folder")
+        if not inside:
+            raise ImageError(f"{source}: no images in this folder (looked for {', '.join(SUFFIXES)})")
+        images += sorted(inside)
+    return images
+
+
+def _in_files(source: Path) -> tuple[bool, list[tuple[Path, Path]]]:
+    """Returns whether a file or folder exists, and its images."""
+    if not source.is_dir():
+        return source.exists(), [(source, Path(source.name))]
+    files = ((path, path.relative_to(source)) for path in source.rglob("*"))
+    return True, [(path, relative) for path, relative in files if _named_as_image(relative) and path.is_file()]
+
+
+def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
+    """Returns whether an address exists, and its images."""
+    system, root = _bucket(address)
+    with _as_image_errors(address):
+        files = system.find(root)
+    if files == [root]:
+        return True, [(address, Path(Path(root).name))]
+    addresses = ((system.unstrip_protocol(file), Path(file).relative_to(root)) for file in files)
+    return bool(files), [(file, relative) for file, relative in addresses if _named_as_image(relative)]
+
+
+def _named_as_image(relative: Path) -> bool:
+    return relative.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in relative.parts)
+
+
+def check_images(paths: Iterable[Path]) -> None:
+    """Decodes every image, so that a bad image is reported before any work begins.
+
+    Raises:
+        ImageError: an image is bad; the message names the first bad image and counts the rest.
+    """
+    errors = []
+    for path in paths:
+        try:
+            read_image(path)
+        except ImageError as error:
+            errors.append(str(error))
+    if errors:
+        raise ImageError(errors[0] + (f" (and {len(errors) - 1} more bad images)" if len(errors) > 1 else ""))
+
+
+def write_png(path: Path, image: Shaped[np.ndarray, "..."]) -> None:
+    """Writes a PNG file atomically, from uint8 (grey or RGB), bool (as 0/255) or float in 0..1."""
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    elif np.issubdtype(image.dtype, np.floating):
+        image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,53 @@
+"""The coarse stage: anomaly map, coarse mask m0 and suspect region."""
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, Float
+
+from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.images._morphology import dilate, filled, reached
+from f2pad_jax.images.pixels import Scalar, normalise, resized
+from f2pad_jax.method.settings import Settings
+
+
+class Coarse(eqx.Module):
+    """Result of the coarse stage for one image, at the detector's size."""
+
+    x: Float[Array, "h w 3"]
+    """Image in normalised intensity."""
+    anomaly_map: Float[Array, "h w"]
+    """Map of the detector, in units of the mean score of normal images."""
+    excess: Float[Array, "h w"]
+    """Map on a linear scale: 0 at the level of normal images or below, 1 at the border of m0, more inside m0."""
+    threshold: Float[Array, ""]
+    """Threshold of the detector, on the scale of ``excess``: 1, or less if m0 ends at half of the map's height instead."""
+    mask: Bool[Array, "h w"]
+    """Coarse mask m0: pixels whose excess is above 1."""
+    region: Bool[Array, "h w"]
+    """Suspect region: pixels that may change."""
+
+
+@jax.jit
+def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings) -> Coarse:
+    """Finds the coarse map, m0 and the suspect region of an image in 0..1."""
+    x = normalise(resized(image, detector.size))
+    anomaly_map = detector.anomaly_map(x)
+    excess = detector.excess(anomaly_map)
+    threshold = detector.excess(anomaly_map, detector.calibrated.threshold)
+    region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation)
+    return Coarse(x, anomaly_map, excess, threshold, detector.coarse_mask(anomaly_map), region)
+
+
+def suspect_region(excess: Float[Array, "h w"], threshold: Scalar, hysteresis: Scalar, dilation: int) -> Bool[Array, "h w"]:
+    """Returns the pixels to optimise: m0 dilated (paper, Section III-E2) and filled, with a hysteresis threshold.
+
+    Departures: holes are filled, since coarse maps are often rings around large defects. Pixels above ``hysteresis`` are
+    suspect too if they are connected to a pixel above ``threshold``: they hold the faint part of a defect.
+
+    Args:
+        excess: map on a linear scale, as in :class:`Coarse`.
+        threshold: threshold of the detector on this scale, at most 1.
+        hysteresis: lower threshold on this scale; infinity for none.
+        dilation: growth of m0, pixels.
+    """
+    return reached(excess > threshold, filled(dilate(excess > 1, dilation) | (excess > hysteresis)))

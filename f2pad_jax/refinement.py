@@ -1,0 +1,160 @@
+"""``refine`` and ``refine_many``: from coarse maps to pixel-accurate masks by Algorithm 1 of the paper."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Shaped
+
+from f2pad_jax._backend import on_cpu
+from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.errors import OptionError
+from f2pad_jax.images.files import read_image
+from f2pad_jax.images.pixels import to_unit
+from f2pad_jax.inpainting._choice import choose
+from f2pad_jax.inpainting.base import Inpainter
+from f2pad_jax.method.algorithm import Refined, decompose
+from f2pad_jax.method.settings import Settings
+from f2pad_jax.streaming import _programs as programs
+from f2pad_jax.streaming._buckets import Device
+from f2pad_jax.streaming._programs import Calls, Setup
+from f2pad_jax.streaming._stream import stream
+
+MAX_LANES = 64
+"""Largest number of lanes in a bucket, unless ``lanes`` is given. A lane solves one part of an image at a time."""
+LANES = 16
+"""Number of images that ``refine`` solves side by side on an accelerator, unless ``lanes`` is given."""
+AHEAD = 4
+"""Number of images in memory per lane. Buckets then stay full while a finished result waits for the earlier ones."""
+
+
+def refine(
+    detector: AbstractDetector,
+    images: Shaped[Array | np.ndarray, "..."] | Sequence,
+    *,
+    settings: Settings | None = None,
+    inpaint: Inpainter | str = "exemplar",
+    windows: bool = False,
+    lanes: int | None = None,
+) -> Refined:
+    """Segments anomalies to the pixel and restores the images without them.
+
+    The function is pure: called eagerly, it runs the program that ``jax.jit`` would compile from it. The result of an image
+    never depends on the other images of its batch. The network sees the resized image, but the normal image n and the mask
+    have the original resolution. :func:`refine_many` solves many images on all cores and devices.
+
+    Args:
+        detector: fitted detector.
+        images: ``(h, w)``, ``(h, w, 3)`` or ``(n, h, w, 3)``; uint8, uint16 or float in 0..1; any size.
+        settings: constants of the method.
+        inpaint: inpainter of the first guess n0: ``"exemplar"``, ``"mae"`` (the paper's), ``"harmonic"``, or any callable
+            of a normalised image and a region.
+        windows: whether each separate part of the suspect region is solved in the smallest window that holds it. Otherwise
+            the region is solved in the whole image. Windows are several times faster on a CPU. They depend on the data,
+            and a transform such as ``jit`` refuses them. A network whose every feature depends on the whole image is always
+            shown the whole image.
+        lanes: number of images solved side by side, or of parts with ``windows``; default: 1 on a CPU, 16 elsewhere. The
+            default with ``windows`` is 1 on each core of a CPU, elsewhere as many as the memory holds, at most 64.
+
+    Raises:
+        ImageError: the images have a wrong shape, dtype or range.
+        CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
+        OptionError: ``lanes`` is less than 1, or ``windows`` are asked for inside a transform.
+    """
+    _check(lanes)
+    constants, unit = (settings or Settings()).traced(), to_unit(images)
+    if not windows:
+        inpainter = choose(inpaint, detector.calibrated.normals)
+        return _whole_images(detector, unit, constants, inpainter, lanes or (1 if on_cpu() else LANES))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, unit, constants, inpaint))):
+        raise OptionError("windows depend on the data, and a transform such as jit fixes all shapes; use windows=False")
+    batch = unit if unit.ndim == 4 else unit[None]
+    found = refine_many(detector, batch, settings=constants, inpaint=inpaint, windows=True, lanes=lanes, devices=())
+    results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
+
+
+@eqx.filter_jit
+def _whole_images(
+    detector: AbstractDetector, unit: Float[Array, "*b h w 3"], settings: Settings, inpaint: Inpainter, lanes: int
+) -> Refined:
+    # inside a caller's jit the settings are often constants: without the barrier XLA folds them, and rounding changes
+    settings = jax.lax.optimization_barrier(settings)
+
+    def one(image: Float[Array, "h w 3"]) -> Refined:
+        return decompose(detector, image, settings, inpaint)
+
+    return one(unit) if unit.ndim == 3 else jax.lax.map(one, unit, batch_size=lanes)
+
+
+def refine_many(
+    detector: AbstractDetector,
+    source: Iterable[Shaped[Array | np.ndarray, "..."] | str | Path],
+    *,
+    settings: Settings | None = None,
+    inpaint: Inpainter | str = "exemplar",
+    windows: bool | None = None,
+    lanes: int | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[Refined]:
+    """Refines any number of images, on all devices, in bounded memory.
+
+    Yields the results of :func:`refine` in the order of ``source``. A result is yielded as soon as it and all earlier
+    results are done. Images are read, and results sent, while other images are solved.
+
+    Args:
+        detector: fitted detector.
+        source: images as ``refine`` takes them, one at a time and of any sizes, or paths of image files.
+        settings: constants of the method.
+        inpaint: inpainter of the first guess, as for ``refine``.
+        windows: as for ``refine``; default: True on a CPU, False elsewhere.
+        lanes: number of parts solved side by side on each device; on each core, if a CPU is the only device. Default: 1 on
+            a CPU, elsewhere as many as the memory holds, at most 64.
+        devices: devices to run on; default: all devices of this process (``jax.local_devices()``).
+
+    Yields:
+        A :class:`Refined` of NumPy arrays for each image.
+
+    Raises:
+        ImageError: an image has a wrong shape, dtype or range, or can't be read; the results before it have been yielded.
+        CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
+        OptionError: ``lanes`` is less than 1.
+    """
+    _check(lanes)
+    inpainter = choose(inpaint, detector.calibrated.normals)
+    if devices is None:  # () is the default device, as in ``refine``: both then share their programs
+        devices = jax.local_devices() if jax.local_device_count() > 1 else ()
+    count = max(len(source), 1) if isinstance(source, Sized) else MAX_LANES
+    max_lanes = min(MAX_LANES, 1 << (count - 1).bit_length())  # powers of two only, for few programs
+    with jax.default_device(devices[0] if devices else jax.config.values["jax_default_device"]):
+        use_windows = on_cpu() if windows is None else windows
+        one_lane = programs.memory() == 0  # on a CPU
+        num_threads = min(programs.cores(), count) if on_cpu() else 1
+
+    def worker(device: Any, calls: Calls) -> Device:
+        constants = (settings or Settings()).traced()
+        return Device(device, Setup(detector, constants, inpainter, use_windows, lanes, max_lanes, calls))
+
+    if devices:
+        workers = [functools.partial(worker, device, Calls()) for device in devices]
+    else:  # one device: its threads share programs
+        workers = [functools.partial(worker, jax.config.values["jax_default_device"], Calls())] * num_threads
+    lanes_each = lanes or (1 if one_lane else max_lanes)
+    yield from stream(
+        source,
+        workers,
+        read=lambda item: read_image(item) if isinstance(item, (str, Path)) else item,
+        most_ahead=AHEAD * lanes_each * len(workers),
+        one_at_a_time=lanes_each == 1,  # a busy core with one lane leaves the next image to another core
+    )
+
+
+def _check(lanes: int | None) -> None:
+    if lanes is not None and lanes < 1:
+        raise OptionError(f"lanes={lanes}: at least 1 is needed")
