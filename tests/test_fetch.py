@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import PIL.Image
 import pytest
-from test_weight_files import filled, part_of, resnet18_shapes, write
 from test_torchfile import state_dict_file
+from test_weight_files import filled, part_of, resnet18_shapes, write
 
 from f2pad_jax import load_detector
 from f2pad_jax.backbones import _fetch as fetch

@@ -33,8 +33,8 @@ def run_demo(
     """Fits a PatchCore to each texture, refines its coarse masks, and writes ``gallery.png`` and ``summary.json``.
 
     Each image has three masks. The mask "before" is the coarse map at the threshold with the best pixel F1 on the test
-    labels, as in the paper. The mask "start" is the coarse map at the calibrated threshold, without labels. The mask "after"
-    is the refinement of "start".
+    labels, as in the paper. The mask "start" is the coarse map at the calibrated threshold, without labels. The mask
+    "after" is the refinement of "start".
 
     Args:
         out: folder to write to.
