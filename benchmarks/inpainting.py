@@ -20,14 +20,22 @@ import numpy as np
 
 from f2pad_jax.backbones import load_backbone
 from f2pad_jax.data.cutpaste import irregular_shape
+from f2pad_jax.errors import CheckpointError
 from f2pad_jax.images import denormalise, list_images, normalise, read_image, to_unit
 from f2pad_jax.images._morphology import dilate
 from f2pad_jax.images.pixels import resized
 from f2pad_jax.inpainting import INPAINTERS
 from f2pad_jax.inpainting._choice import choose
-from f2pad_jax.inpainting.autoencoder import installed_mae
 
 SIZE = (224, 224)
+
+
+def is_installed(name: str) -> bool:
+    """Returns whether an inpainter can be used: ``mae`` needs weights."""
+    try:
+        return bool(choose(name))
+    except CheckpointError:
+        return False
 
 
 def main() -> None:
@@ -37,7 +45,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20, help="most images of each folder (%(default)s)")
     arguments = parser.parse_args()
     backbone = load_backbone("efficientnet-lite0")
-    names = ["exemplar alone", *(name for name in INPAINTERS if name != "mae" or installed_mae())]
+    names = ["exemplar alone", *filter(is_installed, INPAINTERS)]
 
     @jax.jit
     def features(backbone, image):

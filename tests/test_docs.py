@@ -126,6 +126,6 @@ def test_every_public_name_is_in_the_reference(namespace):
     if namespace != "f2pad_jax":
         assert f"::: f2pad_jax.{namespace}\n" in page
         return
-    listed = ", ".join(re.findall(r"members: \[(.*)\]", page)).split(", ")
+    listed = re.findall(r"^::: f2pad_jax\.(\w+)$", page, re.M)
     modules = {path.stem for path in (DOCS / "reference").glob("*.md")} | {"progress", "__version__"}
     assert set(listed) == set(f2pad_jax.__all__) - modules
