@@ -90,7 +90,10 @@ def _whole_images(
     def one(image: Float[Array, "h w 3"]) -> Refined:
         return decompose(detector, image, settings, inpaint)
 
-    return one(unit) if unit.ndim == 3 else jax.lax.map(one, unit, batch_size=lanes)
+    if unit.ndim == 3:
+        return one(unit)
+    # a vmap over one lane would round differently from the image alone
+    return jax.lax.map(one, unit, batch_size=lanes if lanes > 1 else None)
 
 
 def refine_many(
