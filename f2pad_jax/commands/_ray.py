@@ -42,7 +42,7 @@ def ray_workers(
 
     If the cluster has GPUs, every worker has a GPU of its own. Otherwise every worker has an equal share of the cores. All
     workers must see the images, the model file and ``out``. If a worker dies, its images are refined again. The results
-    equal the results of one process.
+    equal the results of one process with as many threads as a worker has.
 
     Args:
         model: model file.
