@@ -60,7 +60,8 @@ def main(name: str = "vit-tiny", layer: str = "block8", weights: str | None = No
     brick = load_texture("brick", size=SIDE, num_train=6, num_test=4)
     backbone = load_backbone(name, layers=(layer,), weights=weights)
     detector = f2pad_jax.fit(TokenNeighbours, brick.train, backbone, size=(SIDE, SIDE))
-    result = f2pad_jax.refine(detector, np.stack([test.image for test in brick.test]))
+    settings = f2pad_jax.Settings(false_alarms=0.2)  # six normal images tell little about rare scores
+    result = f2pad_jax.refine(detector, np.stack([test.image for test in brick.test]), settings=settings)
     for test, before, after in zip(brick.test, np.asarray(result.coarse_mask), np.asarray(result.mask), strict=True):
         print(f"IoU {iou(before, test.mask):.3f} -> {iou(after, test.mask):.3f}")
     f2pad_jax.save_detector("own.model", detector)

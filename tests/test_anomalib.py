@@ -453,7 +453,6 @@ def stages():
 @pytest.fixture(scope="module")
 def calibrated(padim_file, images, stages):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("f2pad_jax.detectors.calibration.NUM_DEFECTS", 4)
         patch.setattr("f2pad_jax.detectors.calibration.NUM_PIXELS", 500)
         return load_anomalib(padim_file, images, seed=3, progress=lambda *told: stages.append(told))
 
@@ -467,7 +466,7 @@ def test_the_detector_is_calibrated(calibrated, stages, image, images):
     np.testing.assert_allclose(calibration.scale, expected, rtol=1e-4)
     found = _map(calibrated, image)
     assert found.shape == SIZE and np.isfinite(found).all()
-    assert stages[0][0] == "pixel prior" and stages[-1] == ("threshold", 2, 2)
+    assert stages[0][0] == "pixel prior" and stages[-1] == ("maps of normal images", 2, 2)
 
 
 def test_a_saved_detector_loads_with_its_checkpoint_alone(calibrated, padim_file, write, tmp_path, image):

@@ -1,5 +1,6 @@
 import math
 import shutil
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from flax import nnx
 import f2pad_jax
 from f2pad_jax.backbones import BACKBONES, find_network
 from f2pad_jax.detectors import CFlow, NormalImages
-from f2pad_jax.detectors import calibration as calibration_module
 from f2pad_jax.detectors._flow import Coupling, Flow
 from f2pad_jax.detectors._training import batches, rate_factors, rotated, train
 from f2pad_jax.detectors.cflow import enlarged_aligned, position_encoding
@@ -656,7 +656,7 @@ def test_file_is_kept_until_all_is_measured(shallowest, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise Interruption
 
-    for holder, name in ((CFlow, "with_peaks"), (calibration_module, "best_threshold")):
+    for holder, name in ((CFlow, "with_peaks"), (sys.modules["f2pad_jax.detectors.fitting"], "with_maps")):
         with monkeypatch.context() as power_cut:
             power_cut.setattr(holder, name, stop)
             with pytest.raises(Interruption):

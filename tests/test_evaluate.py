@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_masks_kept(root, out):
     expected = np.mean([metrics.iou(*pair) for pair in zip(best, truth[:2], strict=True)])
     assert record["backbone_iou"] == pytest.approx(expected)
     assert record["aupro"] == metrics.aupro(maps, truth)
-    assert images[2].good and record["false_alarms"] == int(images[2].masks[FULL].any())
+    assert images[2].good and record["marked_good"] == int(images[2].masks[FULL].any())
 
 
 def test_tables_and_pictures_show_them(out):
@@ -176,7 +176,8 @@ def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, 
 
 
 def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
-    shared = {"protocol": "hard", "setting": "normal", "variant": FULL, "images": 3, "good_images": 1, "false_alarms": 0}
+    shared = {"protocol": "hard", "setting": "normal", "variant": FULL, "images": 3, "good_images": 1}
+    shared |= {"marked_good": 0, "marked_defects": 3}
     keys = [
         "coarse_iou",
         "coarse_dice",
@@ -189,6 +190,9 @@ def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
         "dice",
         "steps",
         "seconds_per_image",
+        "image_auroc",
+        "region_recall",
+        "best_cut",
     ]
     records = [
         {"category": c, "method": m, "backbone": b, "iou": v, **dict.fromkeys(keys, 0.5), **shared}
@@ -216,7 +220,7 @@ def interrupt(stage, done, total):
 
 
 def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkeypatch):
-    another = pytest.raises(RunError, match="holds a run with another size, seed, tuning, inpainter or settings")
+    another = pytest.raises(RunError, match="holds a run with another size, seed, tuning, half, inpainter or settings")
     with another:
         evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
     monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(relative_floor=0.1)))

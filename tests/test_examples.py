@@ -80,8 +80,8 @@ def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp
     save_detector(path, detector)
     loaded = load_detector(path, weights=network[1], classes=(example.TokenNeighbours,))
     assert type(loaded) is example.TokenNeighbours
-    images = np.stack([test.image for test in texture.test])
-    found, again = (jax.tree.map(np.asarray, refine(d, images)) for d in (detector, loaded))
+    images, settings = np.stack([test.image for test in texture.test]), Settings(false_alarms=0.2)
+    found, again = (jax.tree.map(np.asarray, refine(d, images, settings=settings)) for d in (detector, loaded))
     np.testing.assert_array_equal(found.mask, again.mask)
     for i in range(len(texture.test)):
         assert found.region[i].any() and not found.mask[i][~found.region[i]].any()

@@ -64,6 +64,11 @@ class Backbone(eqx.Module):
         return (image * np.array(self.std, np.float32) + np.array(self.mean, np.float32)) / 255
 
     @property
+    def key(self) -> tuple[str, tuple[str, ...], bytes]:
+        """Name of network, tapped layers and weights, to keep features under."""
+        return self.name, self.layers, np.asarray(self.checksum).tobytes()
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Stride of each tapped layer, pixels."""
         return tuple(NETWORKS[self.name].strides[layer] for layer in self.layers)

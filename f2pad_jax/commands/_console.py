@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from f2pad_jax.errors import OptionError
+from f2pad_jax.method.settings import Settings
 from f2pad_jax.progress import Progress
 
 LINE_INTERVAL_S = 10.0
@@ -64,6 +65,22 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     """Adds the argument of the size that images are resized to."""
     text = "side of the square that images are resized to, in pixels (default: %(default)s)"
     parser.add_argument("--size", type=at_least(1), default=224, help=text)
+
+
+def add_false_alarms(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the false-alarm rate."""
+    text = "share of good images that may be called defective (default: %(default)s); another share needs no new fit"
+    parser.add_argument("--false-alarms", type=_share, default=Settings().false_alarms, metavar="RATE", help=text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+_share.__name__ = "number"  # argparse writes "invalid number value"
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

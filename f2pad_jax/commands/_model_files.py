@@ -1,10 +1,14 @@
 """Steps that ``f2pad fit`` and ``f2pad import`` share: checks of their files, and the line about the model."""
 
+import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from f2pad_jax.commands._console import make_folder
 from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.detectors.normality import certified_rate
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import check_images, list_images
 
@@ -29,10 +33,29 @@ def normal_images(folder: Path, out: Path) -> list[Path]:
     return paths
 
 
+def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
+    """Describes the limit of the verdict, and the rate that so many normal images certify, in one or two lines."""
+    normality = detector.calibrated.normality
+    if normality is None:
+        return "no false-alarm rate: the model has no scores of normal images"
+    scores, limit = np.asarray(normality.scores), float(normality.limit(false_alarms))
+    above, count = int(np.sum(scores > limit)), len(scores)
+    text = (
+        f"limit {limit:.2f} for {100 * false_alarms:g} % false alarms: {above} of {count} normal images exceed it; "
+        f"their true rate is at most {100 * certified_rate(above, count):.1f} % with 95 % confidence"
+    )
+    if false_alarms * (count + 1) < 1:
+        needed = math.ceil(1 / false_alarms) - 1
+        text += (
+            f"\n{count} images are few for this rate, and the limit is extrapolated; from {needed} images on it is counted"
+        )
+    return text
+
+
 def described(detector: AbstractDetector, num_images: int) -> str:
     """Describes a detector and its calibration in a line."""
     backbone, calibration = detector.backbone, detector.calibrated
     return (
         f"{num_images} normal images, {backbone.name} {' '.join(backbone.layers)}; "
-        f"{calibration.prior.num_components} pixel components, threshold {float(calibration.threshold):.2f}"
+        f"{calibration.prior.num_components} pixel components, threshold of m0 {float(calibration.threshold):.2f}"
     )

@@ -93,6 +93,7 @@ def worker(
     inpaint: str = INPAINTERS[0],
     lanes: int | None = None,
     history: bool = False,
+    false_alarms: float = 0.05,
 ) -> Work:
     """Returns a function that refines in this process, on all its devices.
 
@@ -102,14 +103,16 @@ def worker(
         inpaint: name of the inpainter.
         lanes: as for :func:`f2pad_jax.refine_many`.
         history: whether to write the history of each image as well.
+        false_alarms: share of good images that may be called defective.
     """
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
-        results = refine_many(detector, [path for path, _ in tasks], inpaint=inpaint, lanes=lanes)
+        settings = Settings(false_alarms=false_alarms)
+        results = refine_many(detector, [path for path, _ in tasks], settings=settings, inpaint=inpaint, lanes=lanes)
         for (path, name), result in zip(tasks, results, strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
-                past = trace(detector, read_image(path), inpaint=inpaint)
+                past = trace(detector, read_image(path), settings=settings, inpaint=inpaint)
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
@@ -129,6 +132,9 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "image": str(path),
         "file": state_of(path),
         **files,
+        "verdict": "defective" if result.score > 1 else "good",
+        "score": round(float(result.score), 4),
+        "p_value": float(f"{float(result.p_value):.3g}") if np.isfinite(result.p_value) else None,
         "anomalous_pixels": int(result.mask.sum()),
         "anomalous_share": float(result.mask.mean()),
         "coarse_share": float(result.coarse_mask.mean()),

@@ -14,6 +14,7 @@ from f2pad_jax.commands._console import (
     shown_progress,
     use_compilation_cache,
 )
+from f2pad_jax.data.mvtec import HALVES
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.evaluation.cases import ABLATIONS
 from f2pad_jax.evaluation.report import write_report
@@ -67,6 +68,11 @@ def add(commands: Any) -> None:
         help="largest number of defective images, and of good images, in each category "
         "(default: all images of the data set, 54 synthetic defects)",
     )
+    parser.add_argument(
+        "--half",
+        choices=HALVES,
+        help="half of each test folder: 'development' to choose constants on, or 'report' for figures (default: both)",
+    )
     add_size(parser)
     add_seed(parser)
     parser.add_argument("--tune", action="store_true", help="also tune every detector, as 'f2pad tune' does")
@@ -97,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             images=arguments.images,
             tune=arguments.tune,
             curves=arguments.curves,
+            half=arguments.half,
             size=(arguments.size, arguments.size),
             seed=arguments.seed,
             progress=progress,

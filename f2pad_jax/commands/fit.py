@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from f2pad_jax.backbones.backbone import find_network, load_backbone
-from f2pad_jax.commands._console import add_command, add_network, add_seed, add_size, shown_progress, use_compilation_cache
-from f2pad_jax.commands._model_files import described, normal_images
+from f2pad_jax.commands._console import (
+    add_command,
+    add_false_alarms,
+    add_network,
+    add_seed,
+    add_size,
+    shown_progress,
+    use_compilation_cache,
+)
+from f2pad_jax.commands._model_files import described, described_verdict, normal_images
 from f2pad_jax.detectors import fitting
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
@@ -45,6 +53,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=list(DETECTORS), default="patchcore", help="method of the detector (default: %(default)s)"
     )
     add_size(parser)
+    add_false_alarms(parser)
     add_seed(parser)
     add_network(parser)
     parser.add_argument(
@@ -90,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     if trials:
         print(trials_table(trials))
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
+    print(described_verdict(detector, arguments.false_alarms))
 
 
 def own_options(method: type[AbstractDetector]) -> dict[str, Any]:

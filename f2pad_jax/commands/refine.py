@@ -8,7 +8,14 @@ from typing import Any
 
 import jax
 
-from f2pad_jax.commands._console import COMPILING, add_command, make_folder, shown_progress, use_compilation_cache
+from f2pad_jax.commands._console import (
+    COMPILING,
+    add_command,
+    add_false_alarms,
+    make_folder,
+    shown_progress,
+    use_compilation_cache,
+)
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import refine_files, worker
 from f2pad_jax.detectors.saving import load_detector
@@ -39,6 +46,7 @@ def add(commands: Any) -> None:
         default=INPAINTERS[0],
         help="inpainter that makes the first guess of the normal image (default: %(default)s)",
     )
+    add_false_alarms(parser)
     parser.add_argument(
         "--lanes",
         type=int,
@@ -72,12 +80,17 @@ def run(arguments: argparse.Namespace) -> None:
     make_folder(out)
     use_compilation_cache()
     print(COMPILING)
-    options = {"inpaint": inpaint, "lanes": arguments.lanes, "history": arguments.history}
+    options = {
+        "inpaint": inpaint,
+        "lanes": arguments.lanes,
+        "history": arguments.history,
+        "false_alarms": arguments.false_alarms,
+    }
     if arguments.ray is None:
         work = worker(detector, out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
-    recipe = {"inpaint": inpaint, "history": arguments.history}
+    recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress)
@@ -87,11 +100,11 @@ def run(arguments: argparse.Namespace) -> None:
 def summary(results: dict[str, Any], out: Path) -> str:
     """Returns the last line of the command: counts of images, and the place of the results."""
     records, count = results["images"], results["refined_now"]
-    num_anomalous = sum(record["anomalous_pixels"] > 0 for record in records)
+    num_defective = sum(record["verdict"] == "defective" for record in records)
     before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     return (
-        f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_anomalous} with an anomaly, "
-        f"{len(records) - num_anomalous} good; masks and results.json are in {out}"
+        f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_defective} defective, "
+        f"{len(records) - num_defective} good; masks and results.json are in {out}"
     )
 
 

@@ -112,6 +112,17 @@ def read_mask(path: str | Path, *, size: tuple[int, int] | None = None) -> Bool[
         raise ImageError(f"{path}: no image that can be read ({error})") from None
 
 
+HALVES = ("development", "report")
+"""Halves of a test folder: one to choose constants on, one for the figures of a report."""
+
+
+def half_of(samples: Sequence[Sample], half: str) -> list[Sample]:
+    """Returns a half of the samples, one of :data:`HALVES`: every second sample of each kind, sorted by file name."""
+    kinds = sorted({sample.kind for sample in samples})
+    of_kind = [sorted((s for s in samples if s.kind == kind), key=lambda s: s.path.name) for kind in kinds]
+    return [sample for ordered in of_kind for sample in ordered[HALVES.index(half) :: 2]]
+
+
 def spread(samples: Sequence[Sample], count: int | None) -> list[Sample]:
     """Chooses at most ``count`` samples, spread evenly over all kinds of defects; None: all."""
     if count is None or count >= len(samples):

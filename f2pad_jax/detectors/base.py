@@ -1,7 +1,8 @@
 """The interface of a detector, and the coarse map that all detectors share."""
 
 import abc
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8, UInt16
 
 from f2pad_jax.backbones.backbone import Backbone
 from f2pad_jax.backbones.network import Network
+from f2pad_jax.detectors.normality import PRIOR_EXCESS, Normality
 from f2pad_jax.detectors.prior import PixelPrior
 from f2pad_jax.errors import ImageError
 from f2pad_jax.images._smoothing import smoothed
@@ -33,6 +35,9 @@ class NormalImages(Sequence):
 
     def __init__(self, images: Iterable[Shaped[np.ndarray | Array, "..."]], size: tuple[int, int]):
         self.size = size
+        self.kept: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+        self.numbers: list[int] = []
+        self.total = 0
         if isinstance(images, (np.ndarray, jax.Array)) and images.ndim < 4:
             raise ImageError(f"fitting takes a list of images, or an array (n, h, w, 3); got the shape {images.shape}")
         self.stored = []
@@ -42,6 +47,8 @@ class NormalImages(Sequence):
                 number = len(self.stored)
                 raise ImageError(f"one of the images has shape {unit.shape} (index {number}); expected (h, w) or (h, w, 3)")
             self.stored.append(np.rint(65535 * np.asarray(resized(unit, size))).astype(np.uint16))
+        self.total = len(self.stored)
+        self.numbers = list(range(self.total))
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -51,9 +58,27 @@ class NormalImages(Sequence):
 
     def subset(self, indices: Iterable[int]) -> "NormalImages":
         """Returns some of the images, without a copy."""
-        part = NormalImages((), self.size)
-        part.stored = [self.stored[i] for i in indices]
+        part, indices = NormalImages((), self.size), list(indices)
+        part.stored, part.numbers = ([values[i] for i in indices] for values in (self.stored, self.numbers))
+        part.kept, part.total = self.kept, self.total
         return part
+
+    def computed(self, key: Hashable, function: Callable[[Float[Array, "h w 3"]], Array], i: int) -> np.ndarray:
+        """Returns ``function`` of an image, as float32. It is computed once for all subsets and kept in a temporary file.
+
+        Args:
+            key: name of the function, and of everything that it depends on.
+            function: function of an image in normalised intensity.
+            i: index of the image.
+        """
+        if key not in self.kept:
+            shape = jax.eval_shape(function, self[i]).shape
+            with tempfile.TemporaryFile() as file:  # the system removes the file when the array is gone
+                self.kept[key] = np.memmap(file, np.float32, "w+", shape=(self.total, *shape)), np.zeros(self.total, bool)
+        (values, done), number = self.kept[key], self.numbers[i]
+        if not done[number]:
+            values[number], done[number] = np.asarray(function(self[i])), True
+        return values[number]
 
     def pixels(self, i: int) -> UInt16[np.ndarray, "h w 3"]:
         """Returns an image as it is stored."""
@@ -84,6 +109,8 @@ class Calibration(eqx.Module):
     """Some of the training images, from which the inpainter copies; None without images."""
     factors: Factors = Factors()
     """Factors on constants of :class:`~f2pad_jax.Settings`, found by tuning."""
+    normality: Normality | None = None
+    """Distribution of the maps of normal images; None: an image is defective if a pixel exceeds ``threshold``."""
 
 
 class AbstractDetector(eqx.Module):
@@ -179,13 +206,28 @@ class AbstractDetector(eqx.Module):
         """
         return self.excess(anomaly_map) > 1
 
+    def verdict(self, anomaly_map: Float[Array, "h w"], false_alarms: Scalar) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the score and the p-value of an image by its map. The image is defective if the score exceeds 1.
+
+        The score is in units of the limit that the share ``false_alarms`` of normal images exceeds. Without
+        ``normality`` the score is the map's maximum in units of the threshold, and the p-value is NaN.
+        """
+        c = self.calibrated
+        if c.normality is None:
+            return jnp.max(anomaly_map) / c.threshold, jnp.full((), jnp.nan)
+        score = c.normality.score(anomaly_map)
+        limit = jnp.maximum(c.normality.limit(false_alarms), PRIOR_EXCESS)  # positive, whatever the scores are
+        return jnp.maximum(score, 0) / limit, c.normality.p_value(score)
+
     def excess(self, anomaly_map: Float[Array, "h w"], values: Float[Array, "*v"] | None = None) -> Float[Array, "*v"]:
         """Returns the map, or ``values`` in its units, relative to the level at the border of m0.
 
-        0 is the ordinary level or below, and 1 the level at the border of m0.
+        0 is the ordinary level or below, and 1 the level at the border of m0. If no pixel exceeds the threshold, m0 ends at
+        half of the map's height.
         """
         c = self.calibrated
-        level = jnp.maximum(c.threshold, half_height(anomaly_map, c.ordinary))
+        threshold = jnp.where(jnp.max(anomaly_map) > c.threshold, c.threshold, c.ordinary)
+        level = jnp.maximum(threshold, half_height(anomaly_map, c.ordinary))
         above = (anomaly_map if values is None else values) - c.ordinary
         return jnp.maximum(above, 0) / jnp.maximum(level - c.ordinary, 1e-6)
 

@@ -1,4 +1,4 @@
-"""Calibration of a fitted detector on normal images and synthetic defects."""
+"""Calibration of a fitted detector on normal images that it was not fitted to."""
 
 import dataclasses
 from typing import TypeVar
@@ -6,17 +6,16 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt16
+from jaxtyping import Array, Float, Float16, UInt16
 
-from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, Factors, NormalImages, half_height
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, Factors, NormalImages
+from f2pad_jax.detectors.normality import Normality
 from f2pad_jax.detectors.prior import fit_prior
-from f2pad_jax.images.metrics import best_threshold
-from f2pad_jax.images.pixels import denormalise, normalise
+from f2pad_jax.images.pixels import normalise
 from f2pad_jax.progress import Progress, silent
 
-NUM_DEFECTS = 24
-"""Smallest number of synthetic defects of each kind."""
+EXTENT = 0.7
+"""Height of the threshold of m0 between the ordinary level and the limit of the maps' maxima."""
 NUM_PIXELS = 20_000
 """Number of pixels to which the prior is fitted."""
 
@@ -33,21 +32,35 @@ def calibrate(
     seed: int = 0,
     progress: Progress = silent,
 ) -> D:
-    """Returns the detector with its scale, threshold, pixel prior and images for the inpainter, measured without a label.
-
-    The threshold has the best pixel F1 on average over synthetic defects, each evaluated with the normal image it is pasted
-    on. The defects are tints from faint to opaque, stains and foreign texture. Flat patches of glaring colours, as in the
-    paper's tests, would put the threshold far above most real defects. The F1 over all images pooled would also put it too
-    high, since large and glaring defects dominate this F1.
+    """Returns the detector with its scale, pixel prior, images for the inpainter, threshold and normality, without a label.
 
     Args:
         detector: fitted detector, calibrated or not.
-        images: normal images that the detector was not fitted to, for the scale and the threshold.
+        images: normal images that the detector was not fitted to.
         others: more normal images, for the pixel prior and the exemplars.
         num_components: largest number of Gaussians of the pixel prior.
         num_exemplars: largest number of images kept for the inpainter.
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
+    """
+    counts = {"num_components": num_components, "num_exemplars": num_exemplars}
+    detector = scaled(detector, images, others=others, **counts, seed=seed, progress=progress)
+    return with_maps(detector, normal_maps(detector, images, progress))
+
+
+def scaled(
+    detector: D,
+    images: NormalImages,
+    *,
+    others: NormalImages | None = None,
+    num_components: int = 6,
+    num_exemplars: int = 16,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> D:
+    """Returns the detector with the part of the calibration that needs no map: scale, pixel prior and exemplars.
+
+    It takes the arguments of :func:`calibrate`.
     """
     rng = np.random.default_rng(seed)
     stored = [*images.stored, *(others.stored if others else ())]
@@ -56,28 +69,36 @@ def calibrate(
     progress("pixel prior", 1, 1)
     indices = np.sort(rng.permutation(len(stored))[:num_exemplars])
     normals = jnp.asarray(np.stack([np.rint(stored[i] / 257).astype(np.uint8) for i in indices])) if len(indices) else None
-
     scale = float(np.mean([_mean_score(detector, images[i]) for i in range(len(images))]))
     unset = jnp.float32(0)
     one = jnp.float32(1)  # an array, as in a tuned detector: both run the same programs
-    calibration = Calibration(jnp.float32(max(scale, 1e-6)), unset, unset, prior, normals, Factors(one, one))
-    detector = with_calibration(detector, calibration)
-    normal_maps = [np.asarray(_map(detector, images[i])) for i in range(len(images))]
-    ordinary = float(np.mean(normal_maps))
-    maps, masks = [], []
+    factors = Factors(one, one)
+    return with_calibration(detector, Calibration(jnp.float32(max(scale, 1e-6)), unset, unset, prior, normals, factors))
+
+
+def normal_maps(detector: AbstractDetector, images: NormalImages, progress: Progress) -> Float16[np.ndarray, "n h w"]:
+    """Returns the anomaly maps of images, with 16 bits a pixel."""
+    maps = np.empty((len(images), *images.size), np.float16)
     for i in range(len(images)):
-        progress("threshold", i, len(images))
-        unit = np.asarray(denormalise(images[i]))
-        for paste in (paste_tint, paste_stain, paste_noise) * -(-NUM_DEFECTS // len(images)):
-            defective = paste(rng, unit, irregular_shape(rng, images.size))
-            maps.append([normal_maps[i], np.asarray(_map(detector, normalise(defective.image)))])
-            masks.append([np.zeros(images.size, bool), defective.mask])
-    progress("threshold", len(images), len(images))
-    lowest = np.min(maps)  # pixels below half of a map's peak belong to no mask
-    maps = np.stack([[np.where(m > half_height(m, ordinary), m, lowest) for m in pair] for pair in maps])
-    threshold = best_threshold(maps, np.stack(masks), each=True)
-    threshold, ordinary = jnp.float32(threshold), jnp.float32(ordinary)
-    return with_calibration(detector, dataclasses.replace(calibration, ordinary=ordinary, threshold=threshold))
+        progress("maps of normal images", i, len(images))
+        maps[i] = np.minimum(_map(detector, images[i]), np.finfo(np.float16).max)
+    progress("maps of normal images", len(images), len(images))
+    return maps
+
+
+def with_maps(detector: D, maps: Float16[np.ndarray, "n h w"]) -> D:
+    """Returns the detector with ordinary level, threshold and normality, from maps of images that no fit had seen.
+
+    The ordinary level is the mean of the maps. The threshold lies :data:`EXTENT` of the way from the ordinary level to
+    the limit that the maxima of 5 % of the maps exceed. It says how far a defect reaches, not whether there is one.
+    """
+    ordinary = float(np.mean(maps, dtype=np.float64))
+    highest = float(np.quantile(maps.max(axis=(1, 2)), 0.95))
+    threshold = jnp.float32(ordinary + EXTENT * (highest - ordinary))
+    calibration = dataclasses.replace(
+        detector.calibrated, ordinary=jnp.float32(ordinary), threshold=threshold, normality=Normality.of(maps)
+    )
+    return with_calibration(detector, calibration)
 
 
 def sampled_pixels(rng: np.random.Generator, stored: list[UInt16[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n 3"]:

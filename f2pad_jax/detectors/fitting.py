@@ -1,5 +1,6 @@
 """Fitting of any method to normal images: hold-out, calibration and refit, without a label."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,10 @@ from jaxtyping import Array, Shaped
 
 from f2pad_jax.backbones.backbone import Backbone, find_network, load_backbone
 from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.detectors.calibration import D, calibrate, with_calibration
+from f2pad_jax.detectors.calibration import D, normal_maps, scaled, with_calibration, with_maps
+from f2pad_jax.detectors.normality import folds
 from f2pad_jax.errors import ImageError
 from f2pad_jax.progress import Progress, silent
-
-MAX_HELD_OUT = 32
-"""Largest number of images held out for calibration."""
 
 Adjust = Callable[[D, NormalImages, NormalImages], D]
 """Function of a calibrated detector, the held-out images and the other images; returns the detector with a better
@@ -37,9 +36,10 @@ def fit(
 ) -> D:
     """Fits a detector to defect-free images and calibrates it without a label.
 
-    First, one image in five, at most 32, is held out, and the method is fitted to the others. The held-out images, with and
-    without synthetic defects, give the scale of the scores and the threshold. Then the method is fitted again to all
-    images. Methods with a long training skip this refit (``refits = False``).
+    The images are divided into five parts. The method is fitted to four parts, and the detector scores the images of the
+    fifth, for each of the five parts in turn (cross-fitting). All images then have maps of a detector that has not seen
+    them. These maps give the threshold and the false-alarm rates. The first part gives the scale of the scores. At last
+    the method is fitted to all images. Methods with a long training are fitted once, to four parts (``refits = False``).
 
     Args:
         method: class of the detector, such as :class:`~f2pad_jax.detectors.PatchCore`, or one of your own.
@@ -70,12 +70,24 @@ def fit(
         raise ImageError(f"size {size} is not a multiple of the backbone's stride {backbone.stride}; give another size")
     if resume and method.resumable:
         options["resume"] = resume
-    held_out, others = (normals.subset(indices) for indices in split(len(normals), seed))
-    held_out_progress = (lambda stage, *count: progress(f"held-out fit: {stage}", *count)) if method.refits else progress
-    detector = method.fit(others, backbone, seed=seed, progress=held_out_progress, **options)
-    counts = {"num_components": num_components, "num_exemplars": num_exemplars}
-    detector = calibrate(detector, held_out, others=others, **counts, seed=seed, progress=progress)
+    parts = folds(len(normals), seed)
+    parts = parts if method.refits else parts[:1]
+    everything, maps, first = set(range(len(normals))), np.empty((len(normals), *size), np.float16), None
+    for number, part in enumerate(parts):
+
+        def fold_progress(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"fold {number + 1} of {len(parts)}: {stage}" if len(parts) > 1 else stage, done, total)
+
+        held_out, others = normals.subset(part), normals.subset(sorted(everything - set(part)))
+        detector = method.fit(others, backbone, seed=seed, progress=fold_progress, **options)
+        if first is None:
+            counts = {"num_components": num_components, "num_exemplars": num_exemplars}
+            first = scaled(detector, held_out, others=others, **counts, seed=seed, progress=progress)
+        maps[part] = normal_maps(with_calibration(detector, first.calibrated), held_out, fold_progress)
+    assert first is not None
+    detector = with_maps(first, maps[sorted(itertools.chain(*parts))])
     if adjust is not None:
+        held_out, others = normals.subset(parts[0]), normals.subset(sorted(everything - set(parts[0])))
         detector = adjust(detector, held_out, others)
     if method.refits:
         refitted = method.fit(normals, backbone, seed=seed, progress=progress, **options)
@@ -83,10 +95,3 @@ def fit(
     if resume and method.resumable:
         Path(resume).unlink(missing_ok=True)
     return detector
-
-
-def split(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Returns the ascending indices of the held-out images, at most :data:`MAX_HELD_OUT`, and of the others."""
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = min(max(count // 5, 1), MAX_HELD_OUT)
-    return sorted(map(int, order[:held_out])), sorted(map(int, order[held_out:]))

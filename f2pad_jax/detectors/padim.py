@@ -125,8 +125,8 @@ class PaDiM(AbstractDetector):
     ) -> "PaDiM":
         """Fits mean and covariance of every position, with n - 1 in the denominator and 0.01 added to the diagonal.
 
-        Images are streamed. Memory holds the features of 32 images and 8·h₁·w₁·c² bytes of sums (0.25 GB at 224x224 with
-        100 channels).
+        A temporary file keeps the features, for other fits to these images. Memory holds the features of 32 images and
+        8·h₁·w₁·c² bytes of sums (0.25 GB at 224x224 with 100 channels).
 
         Args:
             images: normal images at the detector's size.
@@ -144,7 +144,7 @@ class PaDiM(AbstractDetector):
         channels = by_layer(np.sort(drawn), backbone)
         if rank is not None and not 0 < rank <= len(drawn):
             raise OptionError(f"rank {rank} is not between 1 and the number of channels, {len(drawn)}")
-        embed_jit = jax.jit(embed)
+        embed_jit, key = partial(jax.jit(embed), backbone, channels), ("padim", backbone.key, tuple(drawn))
         h, w, c = jax.eval_shape(embed, backbone, channels, images[0]).shape
         shift, total, squares = np.zeros((h, w, c)), np.zeros((h, w, c)), np.zeros((h, w, c, c))
         # small matrices gain nothing from a second BLAS thread
@@ -153,7 +153,7 @@ class PaDiM(AbstractDetector):
                 chunk = []
                 for i in range(start, min(start + CHUNK, len(images))):
                     progress("features", i, len(images))
-                    chunk.append(np.asarray(embed_jit(backbone, channels, images[i])))
+                    chunk.append(images.computed(key, embed_jit, i))
                 features = np.stack(chunk, axis=2).astype(np.float64)  # h w n c
                 if start == 0:  # sums of differences from a typical value lose no digits
                     shift = features.mean(axis=2)

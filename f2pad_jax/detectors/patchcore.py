@@ -1,6 +1,7 @@
 """PatchCore (Roth et al., CVPR 2022) in the paper's form: multi-layer features, coreset memory bank, Eq. (4)-(5)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -61,8 +62,8 @@ class PatchCore(AbstractDetector):
     ) -> "PatchCore":
         """Fills the memory bank with a greedy coreset of the features of normal images.
 
-        Images are streamed twice: first for the random projections that select the coreset, then for its features. Memory
-        is 4·``projection`` bytes per position and image, 1.6 MB per image at 56x56.
+        A temporary file keeps the features, for the coreset and for other fits to these images. The file has 4 bytes per
+        position, channel and image. Memory is 4·``projection`` bytes per position and image, 1.6 MB per image at 56x56.
 
         Args:
             images: normal images at the detector's size.
@@ -84,10 +85,11 @@ class PatchCore(AbstractDetector):
                 f"max_bank {max_bank}, num_candidates {num_candidates} and projection {projection} must be at least 1"
             )
         rng = np.random.default_rng(seed)
-        embed_jit, points, matrix, count = jax.jit(embed), None, None, 0
+        embed_jit, points, matrix, count = partial(jax.jit(embed), backbone), None, None, 0
+        key = ("patchcore", backbone.key)
         for i in range(len(images)):
             progress("features", i, len(images))
-            features = np.asarray(embed_jit(backbone, images[i]))
+            features = images.computed(key, embed_jit, i)
             features = features.reshape(-1, features.shape[-1])
             if points is None:
                 count, channels = features.shape
@@ -104,7 +106,7 @@ class PatchCore(AbstractDetector):
             progress("memory bank", i, len(images))
             (rows,) = np.nonzero(indices // count == i)
             if len(rows):
-                bank[rows] = np.asarray(embed_jit(backbone, images[i])).reshape(count, -1)[indices[rows] % count]
+                bank[rows] = images.computed(key, embed_jit, i).reshape(count, -1)[indices[rows] % count]
         progress("memory bank", len(images), len(images))
         return cls(backbone=backbone, size=images.size, memory_bank=jnp.asarray(bank), num_candidates=num_candidates)
 

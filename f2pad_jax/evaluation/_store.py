@@ -39,6 +39,10 @@ class ImageResult:
     """Coarse mask m0."""
     region: Bool[np.ndarray, "h w"]
     """Suspect region."""
+    score: float
+    """Score of the image; it is called defective if the score exceeds 1."""
+    p_value: float
+    """Probability that a normal image has this score or a higher one."""
     normal: UInt8[np.ndarray, "h w 3"]
     """Restored image."""
     masks: dict[str, Bool[np.ndarray, "h w"]]
@@ -89,6 +93,8 @@ def save_image(result: Refined, sample: Sample, folder: Path, variant: str, seco
             "coarse_map": result.coarse_map,
             "coarse_mask": result.coarse_mask,
             "region": result.region,
+            "score": np.float64(result.score),
+            "p_value": np.float64(result.p_value),
             "normal": np.rint(result.normal * 255).astype(np.uint8),
         }
     arrays |= {f"mask {variant}": result.mask, f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
@@ -111,6 +117,8 @@ def load_images(folder: Path) -> list[ImageResult]:
                 ImageResult(
                     name=name,
                     **{key: arrays[key] for key in SHARED_BY_VARIANTS},
+                    score=float(arrays["score"]),
+                    p_value=float(arrays["p_value"]),
                     masks={v: arrays[f"mask {v}"] for v in variants},
                     steps={v: int(arrays[f"steps {v}"]) for v in variants},
                     seconds={v: float(arrays[f"seconds {v}"]) for v in variants},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from f2pad_jax.evaluation._store import load_images
 from f2pad_jax.evaluation.cases import ABLATIONS, FULL
@@ -33,11 +33,13 @@ def summarise(folder: Path) -> list[Record]:
     defective = [i for i in images if not i.good]
     best = metrics.best_threshold(maps, truth)
 
-    def mean(measure: Callable[[Mask, Mask], float], masks: Iterable[Mask]) -> float:
+    def mean(measure: Callable[[Any, Mask], float], masks: Iterable[Any]) -> float:
         pairs = [(m, i.truth) for m, i in zip(masks, images, strict=True) if not i.good]
         return float(np.mean([measure(m, t) for m, t in pairs])) if pairs else float("nan")
 
     m0 = [i.coarse_mask for i in images]
+    labels, scores = np.array([[[not i.good]] for i in images]), np.array([[[i.score]] for i in images])
+    image_auroc = metrics.auroc(scores, labels) if 0 < labels.sum() < len(images) else float("nan")
     common = {
         **{key: case[key] for key in ("category", "method", "backbone", "protocol", "setting", "seed", "inpainter")},
         "images": len(defective),
@@ -50,6 +52,11 @@ def summarise(folder: Path) -> list[Record]:
         "ap": metrics.average_precision(maps, truth),
         "auroc": metrics.auroc(maps, truth),
         "aupro": metrics.aupro(maps, truth),
+        "image_auroc": image_auroc,
+        "marked_defects": sum(i.score > 1 for i in defective),
+        "marked_good": sum(i.score > 1 for i in images if i.good),
+        "region_recall": mean(lambda region, t: float((region & t).sum() / t.sum()), [i.region for i in images]),
+        "best_cut": mean(best_cut, [i.coarse_map for i in images]),
     }
 
     def record(variant: str, masks: list[Mask], steps: float, seconds: float) -> Record:
@@ -58,7 +65,6 @@ def summarise(folder: Path) -> list[Record]:
             "iou": mean(metrics.iou, masks),
             "dice": mean(metrics.dice, masks),
             **{f"boundary_f1_{r}": mean(lambda m, t, r=r: metrics.boundary_f1(m, t, r), masks) for r in (1, 2, 3)},
-            "false_alarms": sum(bool(m.any()) for m, i in zip(masks, images, strict=True) if i.good),
             "steps": steps,
             "seconds_per_image": seconds,
         }
@@ -74,3 +80,10 @@ def summarise(folder: Path) -> list[Record]:
         if defective and all(variant in i.masks for i in images)
     ]
     return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items() if defective]
+
+
+def best_cut(anomaly_map: Float[np.ndarray, "h w"], truth: Mask) -> float:
+    """Returns the IoU of the map cut at the threshold that suits the truth best: a bound for any threshold."""
+    order = np.argsort(-anomaly_map, axis=None)
+    both = np.cumsum(truth.ravel()[order])
+    return float(np.max(both / (truth.sum() + np.arange(1, truth.size + 1) - both)))

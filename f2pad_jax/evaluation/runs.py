@@ -20,7 +20,7 @@ from f2pad_jax._storage import write_atomically
 from f2pad_jax._timing import compile_seconds
 from f2pad_jax._version import __version__
 from f2pad_jax.data.dataset import make_dataset, read_manifest
-from f2pad_jax.data.mvtec import RESIZING, Category, Sample, open_categories, spread
+from f2pad_jax.data.mvtec import HALVES, RESIZING, Category, Sample, half_of, open_categories, spread
 from f2pad_jax.data.protocols import PROTOCOLS
 from f2pad_jax.data.textures import TEXTURES, write_textures
 from f2pad_jax.detectors.base import AbstractDetector
@@ -56,6 +56,7 @@ def evaluate(
     images: int | None = None,
     tune: bool = False,
     curves: int = 0,
+    half: str | None = None,
     size: tuple[int, int] = (224, 224),
     seed: int = 0,
     progress: Progress = silent,
@@ -77,6 +78,8 @@ def evaluate(
             Real images are chosen evenly over all kinds of defects.
         tune: whether every detector is tuned (:func:`f2pad_jax.tune`).
         curves: number of defective images in each case whose objective is kept for the report, step by step.
+        half: half of each test folder, ``"development"`` or ``"report"``; default: the whole folder. Constants are chosen
+            on the first half (:func:`~f2pad_jax.data.mvtec.half_of`).
         size: height and width that images are resized to.
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
@@ -92,6 +95,7 @@ def evaluate(
         ("protocol", protocols, (*PROTOCOLS, REAL)),
         ("setting", settings, SETTINGS),
         ("ablation", ablations, ABLATIONS),
+        ("half", [half] if half else [], HALVES),
     )
     for kind, names, options in choices:
         for name in names:
@@ -104,6 +108,7 @@ def evaluate(
         "size": list(size),
         "seed": seed,
         "tune": tune,
+        "half": half,
         "inpainter": INPAINTERS[0],
         "settings": Settings().described(),
     }
@@ -113,6 +118,8 @@ def evaluate(
         if protocol != REAL:
             generate_defects(root, data, protocol, categories, images or COUNT, size, seed, progress)
         for category in open_categories(data, names=list(categories) if categories else None):
+            if half:
+                category = category._replace(test=half_of(category.test, half))
             for setting in settings:
                 for method in methods:
                     case = Case(category.name, method, backbone, protocol, setting)
@@ -196,7 +203,7 @@ def _run(
     file = folder / "case.json"
     if file.exists() and (record := json.loads(file.read_text())) | request != record:
         raise RunError(
-            f"{folder}: holds a run with another size, seed, tuning, inpainter or settings; choose another folder"
+            f"{folder}: holds a run with another size, seed, tuning, half, inpainter or settings; choose another folder"
         )
     defective = spread([sample for sample in category.test if sample.mask is not None], extent.images or None)
     samples = defective + spread([sample for sample in category.test if sample.mask is None], extent.images or None)

@@ -47,6 +47,7 @@ def write_tables(out: str | Path, records: Sequence[Record]) -> list[Path]:
         columns = sorted({(r["method"], r["backbone"]) for r in part}, key=lambda c: (titles.index(c[0]), c[1]))
         images = {c: _defective_images(out, protocol, setting, c, part) for c in columns}
         text += [f"## {protocol}, {setting}", "", *_comparison(part, columns), *_peers(part, columns)]
+        text += _ledger(part, columns)
         text += [*_ablation(part, columns), *_maps(part, columns), *_sizes(images), *_tuning(out, part)]
         timing += [f"## {protocol}, {setting}", "", *_timing(part, columns)]
         for column in columns:
@@ -140,18 +141,38 @@ def _ablation(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
 def _maps(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
     """Returns the table of metrics over all thresholds, of boundaries and of false alarms."""
     boundaries = [f"boundary F1, {r} px" for r in (1, 2, 3)]
-    header = ["category, method", "AUROC", "AP", "F1-max", "AUPRO", *boundaries, "false alarms"]
+    header = ["category, method", "AUROC", "AP", "F1-max", "AUPRO", *boundaries]
     rows = []
     for column in columns:
         for name, records in _rows([r for r in part if r["variant"] == FULL]):
             selection = _select(records, column, FULL)
             cells = [_cell(_value(selection, key)) for key in ("auroc", "ap", "f1_max", "aupro")]
             cells += [_cell(_value(selection, f"boundary_f1_{r}")) for r in (1, 2, 3)]
-            alarms, good = (sum(r[key] for r in selection) for key in ("false_alarms", "good_images"))
-            rows.append([f"{name}, {_title(column)}", *cells, f"{alarms} of {good}"])
+            rows.append([f"{name}, {_title(column)}", *cells])
     note = (
         "Of the coarse map: pixel AUROC, average precision, F1-max and AUPRO (to a false positive rate of 0.3), all images "
-        "together. Of the refined masks: boundary F1, and good images with a mask that is not empty."
+        "together. Of the refined masks: boundary F1."
+    )
+    return [note, "", *_table(header, rows)]
+
+
+def _ledger(part: Sequence[Record], columns: Sequence[Column]) -> list[str]:
+    """Returns the table that shows where points are lost: verdict, region, map and mask."""
+    header = ["category, method", "image AUROC", "marked defects", "marked good images"]
+    header += ["truth in the region", "best cut of the map", "m0", "F2PAD"]
+    rows = []
+    for column in columns:
+        for name, records in _rows([r for r in part if r["variant"] == FULL]):
+            selection = _select(records, column, FULL)
+            known = [r for r in selection if not np.isnan(r["image_auroc"])]
+            cells = [_cell(_value(known, "image_auroc"))]
+            for marked, all_images in (("marked_defects", "images"), ("marked_good", "good_images")):
+                cells.append(f"{sum(r[marked] for r in selection)} of {sum(r[all_images] for r in selection)}")
+            cells += [_cell(_value(selection, key)) for key in ("region_recall", "best_cut", "coarse_iou", "iou")]
+            rows.append([f"{name}, {_title(column)}", *cells])
+    note = (
+        "Where points are lost, in percent. Images with a score above 1 are marked. The share of the truth inside the "
+        "region, and the IoU of three masks: the map cut at the best threshold of each image (by the truth), m0, and F2PAD."
     )
     return [note, "", *_table(header, rows)]
 

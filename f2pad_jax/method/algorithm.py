@@ -41,6 +41,10 @@ class Refined(eqx.Module):
     """Coarse mask m0: the map above the detector's threshold."""
     region: Bool[Array | np.ndarray, "*b h w"]
     """Suspect region: pixels that were allowed to change."""
+    score: Float[Array | np.ndarray, "*b"]
+    """Score of the image, in units of the limit: the image is defective if the score exceeds 1."""
+    p_value: Float[Array | np.ndarray, "*b"]
+    """Probability that a normal image has this score or a higher one; NaN without ``Calibration.normality``."""
     sparsity: Float[Array | np.ndarray, "*b"]
     """Sparsity in force: ``Settings.sparsity`` times the factors of detector and tuning (:meth:`Settings.adapted`)."""
     steps: Int[Array | np.ndarray, "*b"]
@@ -175,20 +179,27 @@ def untouched(image: Float[Array, "h w 3"], coarse: Coarse) -> Solved:
 def compose(
     detector: AbstractDetector, settings: Settings, image: Float[Array, "h w 3"], coarse: Coarse, solved: Solved
 ) -> Refined:
-    """Returns the result for an image in 0..1, with map, mask and region of the coarse stage scaled to its size."""
+    """Returns the result for an image in 0..1, with map, mask and region of the coarse stage scaled to its size.
+
+    The mask of a defective image is never empty: if the solution leaves no anomaly, the mask is m0.
+    """
     size = size_of(image)
     normal = jnp.where(solved.mask[..., None], jnp.clip(denormalise(solved.n), 0.0, 1.0), image)
+    m0 = scaled_mask(coarse.mask, size)
+    lost = ~jnp.any(solved.mask) & jnp.any(m0)
     return Refined(
-        mask=solved.mask,
+        mask=solved.mask | (lost & m0),
         normal=normal,
         anomaly=image - normal,
         coarse_map=scaled(coarse.anomaly_map, size),
-        coarse_mask=scaled_mask(coarse.mask, size),
+        coarse_mask=m0,
         region=scaled_mask(coarse.region, size),
+        score=coarse.score,
+        p_value=coarse.p_value,
         sparsity=jnp.asarray(settings.adapted(detector).sparsity, jnp.float32),
         steps=solved.steps,
         objective=solved.objective,
-        outcome=solved.outcome,
+        outcome=jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome),
     )
 
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from f2pad_jax.detectors.base import AbstractDetector
@@ -24,18 +25,24 @@ class Coarse(eqx.Module):
     mask: Bool[Array, "h w"]
     """Coarse mask m0: pixels whose excess is above 1."""
     region: Bool[Array, "h w"]
-    """Suspect region: pixels that may change."""
+    """Suspect region: pixels that may change. In a good image, m0 and the region are empty."""
+    score: Float[Array, ""]
+    """Score of the image; the image is defective if it exceeds 1."""
+    p_value: Float[Array, ""]
+    """Probability that a normal image has this score or a higher one."""
 
 
 @jax.jit
 def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings) -> Coarse:
-    """Finds the coarse map, m0 and the suspect region of an image in 0..1."""
+    """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1."""
     x = normalise(resized(image, detector.size))
     anomaly_map = detector.anomaly_map(x)
     excess = detector.excess(anomaly_map)
-    threshold = detector.excess(anomaly_map, detector.calibrated.threshold)
-    region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation)
-    return Coarse(x, anomaly_map, excess, threshold, detector.coarse_mask(anomaly_map), region)
+    threshold = jnp.minimum(detector.excess(anomaly_map, detector.calibrated.threshold), 1)
+    score, p_value = detector.verdict(anomaly_map, settings.false_alarms)
+    m0 = detector.coarse_mask(anomaly_map) & (score > 1)
+    region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation) & (score > 1)
+    return Coarse(x, anomaly_map, excess, threshold, m0, region, score, p_value)
 
 
 def suspect_region(excess: Float[Array, "h w"], threshold: Scalar, hysteresis: Scalar, dilation: int) -> Bool[Array, "h w"]:

@@ -50,7 +50,9 @@ class Settings(eqx.Module):
     restore_steps: int | Int[Array, ""] = 50
     """Limit of steps of the re-estimation of n, with β = 0 inside the mask; 0 for none. Paper: to convergence."""
 
-    # region and mask
+    # verdict, region and mask
+    false_alarms: Scalar = 0.05
+    """Share of normal images that may be called defective. A good image gets an empty mask. Paper: all (1)."""
     dilation: int = eqx.field(static=True, default=6)
     """Growth of m0, pixels, static. Paper: "simple morphological dilation"."""
     hysteresis: Scalar = 0.5
@@ -109,6 +111,7 @@ class Settings(eqx.Module):
             steps_per_check=1,
             restore_rate=1.0,
             restore_steps=1200,
+            false_alarms=1.0,
             hysteresis=float("inf"),
             reach=None,
             margin=None,

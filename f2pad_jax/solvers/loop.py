@@ -22,6 +22,7 @@ class Outcome(enum.IntEnum):
     NOTHING_TO_REFINE = 2
     NON_FINITE = 3
     COVERS_IMAGE = 4
+    COARSE_MASK = 5
 
     @property
     def message(self) -> str:
@@ -32,9 +33,10 @@ class Outcome(enum.IntEnum):
 _MESSAGES = {
     Outcome.CONVERGED: "converged",
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
-    Outcome.NOTHING_TO_REFINE: "no pixel of the coarse map exceeds the threshold: the image is good, the mask empty",
+    Outcome.NOTHING_TO_REFINE: "the score of the image is at most 1: the image is good, the mask empty",
     Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
     Outcome.COVERS_IMAGE: "the suspect region covers the image: no good pixel is left to start from; the coarse mask stays",
+    Outcome.COARSE_MASK: "the solution leaves no anomaly in this defective image: the coarse mask stays",
 }
 
 
