@@ -96,7 +96,25 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
         assert records[name]["inpainter"] == "exemplar" and records[name]["sparsity"] == Settings().sparsity
     assert records["colour/a.png"]["anomalous_pixels"] > 0
     assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0
+    for record in records.values():
+        assert record["verdict"] == ("defective" if record["score"] > 1 else "good") and 0 < record["p_value"] <= 1
+        assert (record["anomalous_pixels"] > 0) == (record["verdict"] == "defective")
     assert not list(out.rglob(".*")), "no temporary file is left"
+
+
+def test_the_false_alarm_rate_is_an_option_of_refine(model, texture, tmp_path, capsys):
+    PIL.Image.fromarray(texture.test[0].image).save(tmp_path / "a.png")
+    found = {}
+    for rate in ("1e-9", "0.2"):
+        command = ["refine", str(model), str(tmp_path / "a.png"), "--out", str(tmp_path / rate), "--false-alarms", rate]
+        assert main(command) == 0
+        (found[rate],) = json.loads((tmp_path / rate / "results.json").read_text())["images"]
+    assert (found["1e-9"]["verdict"], found["0.2"]["verdict"]) == ("good", "defective")
+    assert found["1e-9"]["p_value"] == found["0.2"]["p_value"]
+    for rate in ("0", "1", "-0.1", "some"):
+        with pytest.raises(SystemExit):
+            main(["refine", str(model), str(tmp_path), "--out", str(tmp_path / "out"), "--false-alarms", rate])
+    assert "--false-alarms" in capsys.readouterr().err
 
 
 def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, monkeypatch):

@@ -1,10 +1,12 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from f2pad_jax.data import open_categories, open_category, read_mask
+from f2pad_jax.data.mvtec import Sample, half_of
 from f2pad_jax.errors import ImageError
 
 
@@ -74,3 +76,12 @@ def test_what_is_missing_is_named(root, tmp_path):
     (root / "text.png").write_text("no image")
     with pytest.raises(ImageError, match="no image"):
         read_mask(root / "text.png")
+
+
+def test_halves_part_the_samples_of_each_kind():
+    samples = [
+        Sample(Path(f"{kind}/{k:03}.png"), kind, None) for kind, count in (("cut", 5), ("good", 4)) for k in range(count)
+    ]
+    development, report = half_of(samples[::-1], "development"), half_of(samples, "report")
+    assert [s.name for s in development] == ["cut/000", "cut/002", "cut/004", "good/000", "good/002"]
+    assert sorted(development + report) == sorted(samples)

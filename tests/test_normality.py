@@ -13,8 +13,9 @@ from conftest import calibration, smooth_image
 
 from f2pad_jax import Outcome, Settings, fit, refine
 from f2pad_jax.backbones import Backbone
+from f2pad_jax.commands._model_files import described_verdict
 from f2pad_jax.detectors import AbstractDetector, Calibration, NormalImages, Normality
-from f2pad_jax.detectors.calibration import EXTENT
+from f2pad_jax.detectors.calibration import EXTENT, with_calibration
 from f2pad_jax.detectors.normality import (
     FOLDS,
     PRIOR_EXCESS,
@@ -203,6 +204,14 @@ def test_the_false_alarm_rate_moves_the_verdict_without_a_fit(detector, texture)
 def test_a_rate_of_one_leaves_out_the_verdict():
     assert float(with_scores([1.0, 2.0, 3.0]).limit(1.0)) == -math.inf
     assert float(with_scores([1.0, 2.0, 3.0]).limit(0.99)) == 1
+
+
+def test_the_line_of_the_fit_says_what_is_certified(detector):
+    few = described_verdict(detector, 0.05)
+    assert few.startswith("limit ") and "for 5 % false alarms: 0 of 6 normal images are above it" in few
+    assert "at most 39.3 % with 95 % confidence" in few and "19 or more images would show it" in few
+    many = dataclasses.replace(detector.calibrated, normality=with_scores(np.linspace(1, 3, 400)))
+    assert "\n" not in described_verdict(with_calibration(detector, many), 0.05)
 
 
 class Nothing(AbstractDecision):

@@ -41,13 +41,13 @@ def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
     scores, limit = np.asarray(normality.scores), float(normality.limit(false_alarms))
     above, count = int(np.sum(scores > limit)), len(scores)
     text = (
-        f"limit {limit:.2f} for {100 * false_alarms:g} % false alarms: {above} of {count} normal images exceed it; "
-        f"their true rate is at most {100 * certified_rate(above, count):.1f} % with 95 % confidence"
+        f"limit {limit:.2f} for {100 * false_alarms:g} % false alarms: {above} of {count} normal images are above it; "
+        f"the true rate is at most {100 * certified_rate(above, count):.1f} % with 95 % confidence"
     )
-    if false_alarms * (count + 1) < 1:
-        needed = math.ceil(1 / false_alarms) - 1
+    needed = math.ceil(1 / false_alarms) - 1
+    if count < needed:
         text += (
-            f"\n{count} images are few for this rate, and the limit is extrapolated; from {needed} images on it is counted"
+            f"\n{count} normal images are few for this rate: it is extrapolated, and {needed} or more images would show it"
         )
     return text
 
