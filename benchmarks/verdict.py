@@ -63,17 +63,16 @@ def main() -> None:
             scores, p = np.array([verdict(detector, image) for image in images]).T
             good = scores[~defective]
             best = np.quantile(good, 1 - Settings().false_alarms, method="higher") if len(good) else np.nan
-            area = auroc(scores, defective) if len(good) else np.nan
+            area = auroc(scores[:, None, None], defective[:, None, None]) if len(good) else np.nan
             print(
                 f"{category.name:15} {len(chosen):7} {seconds:6.0f} {area:6.3f} {np.sum(good > 1):6} of {len(good):2}"
                 f" {np.mean(scores[defective] > 1):14.2f} {np.mean(scores[defective] > best):11.2f}",
                 flush=True,
             )
-            p_values.setdefault(min(count, max(arguments.normals or [count])), []).append(p[~defective])
+            p_values.setdefault(count if arguments.normals else "all", []).append(p[~defective])
     print("\nshare of good images with a p-value of at most p, all categories together")
     print("normals  " + "  ".join(f"p {rate:5}" for rate in RATES))
-    groups = p_values.items() if arguments.normals else [("all", [p for part in p_values.values() for p in part])]
-    for count, parts in groups:
+    for count, parts in p_values.items():
         together = np.concatenate(parts)
         print(f"{count!s:>7}  " + "  ".join(f"{np.mean(together <= rate):7.3f}" for rate in RATES))
 

@@ -132,7 +132,7 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "image": str(path),
         "file": state_of(path),
         **files,
-        "verdict": "defective" if result.score > 1 else "good",
+        "verdict": "defective" if result.defective else "good",
         "score": round(float(result.score), 4),
         "p_value": float(f"{float(result.p_value):.3g}") if np.isfinite(result.p_value) else None,
         "anomalous_pixels": int(result.mask.sum()),

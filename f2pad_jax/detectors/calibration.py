@@ -43,20 +43,18 @@ def calibrate(
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
     """
-    counts = {"num_components": num_components, "num_exemplars": num_exemplars}
-    detector = scaled(detector, images, others=others, **counts, seed=seed, progress=progress)
+    detector = scaled(detector, images, others, num_components, num_exemplars, seed, progress)
     return with_maps(detector, normal_maps(detector, images, progress))
 
 
 def scaled(
     detector: D,
     images: NormalImages,
-    *,
-    others: NormalImages | None = None,
-    num_components: int = 6,
-    num_exemplars: int = 16,
-    seed: int = 0,
-    progress: Progress = silent,
+    others: NormalImages | None,
+    num_components: int,
+    num_exemplars: int,
+    seed: int,
+    progress: Progress,
 ) -> D:
     """Returns the detector with the part of the calibration that needs no map: scale, pixel prior and exemplars.
 

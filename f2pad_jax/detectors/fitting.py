@@ -72,23 +72,21 @@ def fit(
         options["resume"] = resume
     parts = folds(len(normals), seed)
     parts = parts if method.refits else parts[:1]
-    everything, maps, first = set(range(len(normals))), np.empty((len(normals), *size), np.float16), None
-    for number, part in enumerate(parts):
+    splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
+    maps, first = np.empty((len(normals), *size), np.float16), None
+    for number, (part, (held_out, others)) in enumerate(zip(parts, splits, strict=True)):
 
         def fold_progress(stage: str, done: int, total: int, number: int = number) -> None:
             progress(f"fold {number + 1} of {len(parts)}: {stage}" if len(parts) > 1 else stage, done, total)
 
-        held_out, others = normals.subset(part), normals.subset(sorted(everything - set(part)))
         detector = method.fit(others, backbone, seed=seed, progress=fold_progress, **options)
         if first is None:
-            counts = {"num_components": num_components, "num_exemplars": num_exemplars}
-            first = scaled(detector, held_out, others=others, **counts, seed=seed, progress=progress)
+            first = scaled(detector, held_out, others, num_components, num_exemplars, seed, progress)
         maps[part] = normal_maps(with_calibration(detector, first.calibrated), held_out, fold_progress)
     assert first is not None
     detector = with_maps(first, maps[sorted(itertools.chain(*parts))])
     if adjust is not None:
-        held_out, others = normals.subset(parts[0]), normals.subset(sorted(everything - set(parts[0])))
-        detector = adjust(detector, held_out, others)
+        detector = adjust(detector, *splits[0])
     if method.refits:
         refitted = method.fit(normals, backbone, seed=seed, progress=progress, **options)
         detector = with_calibration(refitted, detector.calibrated)

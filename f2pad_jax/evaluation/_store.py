@@ -53,6 +53,11 @@ class ImageResult:
     """Time of each variant, without compilation."""
 
     @property
+    def marked(self) -> bool:
+        """Whether the verdict is defective."""
+        return self.score > 1
+
+    @property
     def good(self) -> bool:
         """Whether the image has no defect."""
         return not self.truth.any()

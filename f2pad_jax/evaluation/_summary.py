@@ -53,8 +53,8 @@ def summarise(folder: Path) -> list[Record]:
         "auroc": metrics.auroc(maps, truth),
         "aupro": metrics.aupro(maps, truth),
         "image_auroc": image_auroc,
-        "marked_defects": sum(i.score > 1 for i in defective),
-        "marked_good": sum(i.score > 1 for i in images if i.good),
+        "marked_defects": sum(i.marked for i in defective),
+        "marked_good": sum(i.marked for i in images if i.good),
         "region_recall": mean(lambda region, t: float((region & t).sum() / t.sum()), [i.region for i in images]),
         "best_cut": mean(best_cut, [i.coarse_map for i in images]),
     }

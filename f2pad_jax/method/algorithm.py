@@ -54,6 +54,11 @@ class Refined(eqx.Module):
     outcome: Int[Array | np.ndarray, "*b"]
     """An :class:`~f2pad_jax.Outcome`."""
 
+    @property
+    def defective(self) -> Bool[Array | np.ndarray, "*b"] | np.bool:
+        """Verdict: whether the score exceeds 1."""
+        return self.score > 1
+
 
 class Solved(eqx.Module):
     """Solution of a whole image at its own size, or of one part at the size of its crop."""

@@ -40,8 +40,8 @@ def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Set
     excess = detector.excess(anomaly_map)
     threshold = jnp.minimum(detector.excess(anomaly_map, detector.calibrated.threshold), 1)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)
-    m0 = detector.coarse_mask(anomaly_map) & (score > 1)
-    region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation) & (score > 1)
+    region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation)
+    m0, region = (mask & (score > 1) for mask in (detector.coarse_mask(anomaly_map), region))
     return Coarse(x, anomaly_map, excess, threshold, m0, region, score, p_value)
 
 
