@@ -1,6 +1,7 @@
 """``refine`` and ``refine_many``: from coarse maps to pixel-accurate masks by Algorithm 1 of the paper."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from f2pad_jax._backend import on_cpu
 from f2pad_jax.detectors.base import AbstractDetector
@@ -40,6 +41,7 @@ def refine(
     *,
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
+    ignore: Bool[Array | np.ndarray, "*b h w"] | None = None,
     windows: bool = False,
     lanes: int | None = None,
 ) -> Refined:
@@ -55,6 +57,8 @@ def refine(
         settings: constants of the method.
         inpaint: inpainter of the first guess n0: ``"exemplar"``, ``"mae"`` (the paper's), ``"harmonic"``, or any callable
             of a normalised image and a region.
+        ignore: pixels that do not count, one mask for all images or one for each. The pixels that the detector ignores do
+            not count either.
         windows: whether each separate part of the suspect region is solved in the smallest window that holds it. Otherwise
             the region is solved in the whole image. Windows are several times faster on a CPU. They depend on the data,
             and a transform such as ``jit`` refuses them. A network whose every feature depends on the whole image is always
@@ -71,29 +75,37 @@ def refine(
     constants, unit = (settings or Settings()).traced(), to_unit(images)
     if not windows:
         inpainter = choose(inpaint, detector.calibrated.normals)
-        return _whole_images(detector, unit, constants, inpainter, lanes or (1 if on_cpu() else LANES))
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, unit, constants, inpaint))):
+        masks = None if ignore is None else jnp.broadcast_to(jnp.asarray(ignore, bool), unit.shape[:-1])
+        return _whole_images(detector, unit, masks, constants, inpainter, lanes or (1 if on_cpu() else LANES))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, unit, constants, inpaint, ignore))):
         raise OptionError("windows depend on the data, and a transform such as jit fixes all shapes; use windows=False")
     batch = unit if unit.ndim == 4 else unit[None]
-    found = refine_many(detector, batch, settings=constants, inpaint=inpaint, windows=True, lanes=lanes, devices=())
+    options = {"settings": constants, "inpaint": inpaint, "windows": True, "lanes": lanes, "devices": ()}
+    found = refine_many(detector, batch, ignore=ignore, **options)
     results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
 
 
 @eqx.filter_jit
 def _whole_images(
-    detector: AbstractDetector, unit: Float[Array, "*b h w 3"], settings: Settings, inpaint: Inpainter, lanes: int
+    detector: AbstractDetector,
+    unit: Float[Array, "*b h w 3"],
+    ignore: Bool[Array, "*b h w"] | None,
+    settings: Settings,
+    inpaint: Inpainter,
+    lanes: int,
 ) -> Refined:
     # inside a caller's jit the settings are often constants: without the barrier XLA folds them, and rounding changes
     settings = jax.lax.optimization_barrier(settings)
 
-    def one(image: Float[Array, "h w 3"]) -> Refined:
-        return decompose(detector, image, settings, inpaint)
+    def one(inputs: tuple[Float[Array, "h w 3"], Bool[Array, "h w"] | None]) -> Refined:
+        image, ignored = inputs
+        return decompose(detector, image, settings, inpaint, ignored)
 
     if unit.ndim == 3:
-        return one(unit)
+        return one((unit, ignore))
     # a vmap over one lane would round differently from the image alone
-    return jax.lax.map(one, unit, batch_size=lanes if lanes > 1 else None)
+    return jax.lax.map(one, (unit, ignore), batch_size=lanes if lanes > 1 else None)
 
 
 def refine_many(
@@ -102,6 +114,7 @@ def refine_many(
     *,
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
+    ignore: Bool[Array | np.ndarray, "h w"] | Iterable[Bool[Array | np.ndarray, "h w"] | None] | None = None,
     windows: bool | None = None,
     lanes: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -116,6 +129,7 @@ def refine_many(
         source: images as ``refine`` takes them, one at a time and of any sizes, or paths of image files.
         settings: constants of the method.
         inpaint: inpainter of the first guess, as for ``refine``.
+        ignore: pixels that do not count: one mask for all images, or a mask for each image in turn.
         windows: as for ``refine``; default: True on a CPU, False elsewhere.
         lanes: number of parts solved side by side on each device; on each core, if a CPU is the only device. Default: 1 on
             a CPU, elsewhere as many as the memory holds, at most 64.
@@ -149,10 +163,17 @@ def refine_many(
     else:  # one device: its threads share programs
         workers = [functools.partial(worker, jax.config.values["jax_default_device"], Calls())] * num_threads
     lanes_each = lanes or (1 if one_lane else max_lanes)
+    one_mask = ignore is None or (isinstance(ignore, (np.ndarray, jax.Array)) and ignore.ndim == 2)
+    masks: Iterable[Any] = itertools.repeat(ignore) if ignore is None or one_mask else ignore
+
+    def read(item: tuple[Any, Any]) -> tuple[Any, Any]:
+        image, mask = item
+        return read_image(image) if isinstance(image, (str, Path)) else image, mask
+
     yield from stream(
-        source,
+        zip(source, masks, strict=not one_mask),
         workers,
-        read=lambda item: read_image(item) if isinstance(item, (str, Path)) else item,
+        read=read,
         most_ahead=AHEAD * lanes_each * len(workers),
         one_at_a_time=lanes_each == 1,  # a busy core with one lane leaves the next image to another core
     )

@@ -136,7 +136,7 @@ def tune_weights(
         The detector with the final choice in its calibration, and all trials, the default first.
     """
     defects = synthetic_defects(images, others, NUM_IMAGES, seed)
-    pixels = sampled_pixels(np.random.default_rng(seed), [*images.stored, *others.stored])
+    pixels = sampled_pixels(np.random.default_rng(seed), [*images.stored, *others.stored], images.ignored)
     scores: dict[Choice, list[float]] = {}
     total = len(SPARSITY) + len(ALPHA1) + len(COMPONENTS) - 2
 

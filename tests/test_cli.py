@@ -199,7 +199,7 @@ def test_bad_folders_to_fit(tmp_path, normal_folder, capsys, monkeypatch):
     (broken / "9.png").write_text("this is text")
     assert "9.png" in refused(capsys, "fit", broken, "--out", model)
     assert "folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path)
-    assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", 100)
+    assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", "100x100")
     assert not model.exists()
 
 
@@ -220,7 +220,7 @@ def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
     model = tmp_path / "x.model"
     fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage1", "stage2"]
     assert main([*fit, "--method", "padim", "--option", "rank=3", "--option", "num_channels=10"]) == 0
-    assert "x.model: PaDiM, 4 normal images, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
+    assert "x.model: PaDiM, 4 normal images at 64x64 pixels, efficientnet-lite0 stage1 stage2" in capsys.readouterr().out
     detector = load_detector(model)
     assert type(detector) is PaDiM and detector.precision.basis.shape == (32, 32, 3, 10)
 
@@ -229,7 +229,7 @@ def test_a_flow_leaves_nothing_but_the_model(flat_folder, tmp_path):
     model = tmp_path / "x.model"
     fit = ["fit", str(flat_folder), "--out", str(model), "--size", "64", "--layers", "stage2", "--method", "cflow"]
     assert main([*fit, "--option", "meta_epochs=1", "sub_epochs=1", "num_blocks=1"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["x.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.model", "x.model.svg"]
     detector = load_detector(model)
     assert type(detector) is CFlow and detector.losses.shape == (1, 1) and len(detector.flows[0].blocks) == 1
 

@@ -159,7 +159,7 @@ def test_the_report_works_in_a_browser_offline(out, tmp_path):
 
 
 def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, tmp_path):
-    whole = evaluate(root, out, protocols=["real"], size=(SIZE, SIZE))
+    whole = evaluate(root, out, protocols=["real"], size=SIZE)
     shutil.copytree(out, tmp_path / "part")
     run = tmp_path / "part" / "runs" / "real-normal-brick-patchcore-efficientnet-lite0"
     (run / "images" / "patch" / "001.npz").unlink()
@@ -167,8 +167,8 @@ def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, 
     (model,) = (tmp_path / "part" / "models").glob("*.model")
     before = model.stat().st_mtime_ns, kept.stat().st_mtime_ns
     with pytest.raises(KeyboardInterrupt):
-        evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), progress=interrupt)
-    again = evaluate(root, tmp_path / "part", protocols=["real"], size=(SIZE, SIZE), ablations=["initialisation"])
+        evaluate(root, tmp_path / "part", protocols=["real"], size=SIZE, progress=interrupt)
+    again = evaluate(root, tmp_path / "part", protocols=["real"], size=SIZE, ablations=["initialisation"])
     assert without_time(again) == without_time(whole)
     assert before == (model.stat().st_mtime_ns, kept.stat().st_mtime_ns)
     write_tables(tmp_path / "part", again)
@@ -222,10 +222,10 @@ def interrupt(stage, done, total):
 def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkeypatch):
     another = pytest.raises(RunError, match="holds a run with another size, seed, tuning, half, inpainter or settings")
     with another:
-        evaluate(root, out, protocols=["real"], size=(SIZE, SIZE), seed=1)
+        evaluate(root, out, protocols=["real"], size=SIZE, seed=1)
     monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(relative_floor=0.1)))
     with another:
-        evaluate(root, out, protocols=["real"], size=(SIZE, SIZE))
+        evaluate(root, out, protocols=["real"], size=SIZE)
 
 
 def test_generated_defects_are_made_once(root, tmp_path):

@@ -15,7 +15,7 @@ from f2pad_jax import Outcome, Settings, fit, refine
 from f2pad_jax.backbones import Backbone
 from f2pad_jax.commands._model_files import described_verdict
 from f2pad_jax.detectors import AbstractDetector, Calibration, NormalImages, Normality
-from f2pad_jax.detectors.calibration import EXTENT, with_calibration
+from f2pad_jax.detectors.calibration import EXTENT, NUM_DEFECTS, with_calibration
 from f2pad_jax.detectors.normality import (
     FOLDS,
     PRIOR_EXCESS,
@@ -23,18 +23,21 @@ from f2pad_jax.detectors.normality import (
     PRIOR_IMAGES,
     SMOOTHING,
     TOP,
+    Moments,
     certified_rate,
     folds,
     image_score,
-    statistics,
 )
+from f2pad_jax.errors import OptionError
 from f2pad_jax.images import to_unit
 from f2pad_jax.method import AbstractDecision
 
 
 def with_scores(scores):
     """A distribution with these scores of normal images."""
-    return Normality(jnp.zeros((4, 4)), jnp.ones((4, 4)), jnp.asarray(np.sort(scores), jnp.float32))
+    return Normality(
+        jnp.zeros((4, 4)), jnp.ones((4, 4)), jnp.asarray(np.sort(scores), jnp.float32), jnp.zeros(0), jnp.zeros(())
+    )
 
 
 P_VALUE, LIMIT = jax.jit(jax.vmap(Normality.p_value, (None, 0))), jax.jit(jax.vmap(Normality.limit, (None, 0)))
@@ -81,7 +84,7 @@ def test_false_alarms_are_as_rare_as_asked(draw, count, rate):
 
 
 def with_sorted(scores):
-    return Normality(jnp.zeros((1, 1)), jnp.ones((1, 1)), scores)
+    return Normality(jnp.zeros((1, 1)), jnp.ones((1, 1)), scores, jnp.zeros(0), jnp.zeros(()))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.02])
@@ -103,7 +106,7 @@ def test_the_score_is_the_mean_of_the_highest_deviations():
 def test_mean_and_spread_are_of_every_pixel_smoothed(count):
     maps = np.random.default_rng(count).random((count, 48, 64)).astype(np.float32) * np.linspace(1, 3, 64)
     variance = (count * maps.var(axis=0) + PRIOR_IMAGES * maps.var()) / (count + PRIOR_IMAGES)
-    mean, spread = statistics(maps)
+    mean, spread = Moments.of(maps).statistics()
     smooth = [scipy.ndimage.gaussian_filter(a, SMOOTHING, mode="reflect") for a in (maps.mean(axis=0), variance)]
     np.testing.assert_allclose(mean, smooth[0], rtol=1e-3)
     np.testing.assert_allclose(spread, np.sqrt(smooth[1]), rtol=1e-3)
@@ -114,7 +117,7 @@ def test_no_score_comes_from_statistics_of_its_own_image():
     expected = []
     for i in range(7):
         others = [j for j in range(7) if j % FOLDS != i % FOLDS]
-        expected.append(float(image_score(jnp.asarray(maps[i], jnp.float32), *statistics(maps[others]))))
+        expected.append(float(image_score(jnp.asarray(maps[i], jnp.float32), *Moments.of(maps[others]).statistics())))
     np.testing.assert_allclose(Normality.of(maps).scores, np.sort(expected), rtol=1e-5)
 
 
@@ -233,10 +236,64 @@ def test_the_mask_of_a_defective_image_is_never_empty(detector, texture, windows
 
 def test_a_defective_image_has_a_coarse_mask_however_low_its_map():
     """Where the deviation gives the verdict and no pixel exceeds the threshold, half of the height bounds m0."""
-    normality = Normality(jnp.full((8, 8), 1.0), jnp.full((8, 8), 0.1), jnp.linspace(0, 1, 50))
+    normality = Normality(
+        jnp.full((8, 8), 1.0), jnp.full((8, 8), 0.1), jnp.linspace(0, 1, 50), jnp.zeros(0), jnp.float32(2)
+    )
     found = dataclasses.replace(calibration(threshold=100.0), normality=normality)
     detector = Seen(None, (8, 8), jnp.zeros((1, 8, 8, 3)), found)
     levels = jnp.ones((8, 8)).at[2, 3].set(2.0)
     assert float(detector.verdict(levels, 0.05)[0]) > 1
     mask = np.asarray(detector.coarse_mask(levels))
     assert mask[2, 3] and mask.sum() == 1
+
+
+@pytest.mark.parametrize("lifted", [0.0, 5.0])
+def test_in_an_image_unlike_the_normals_the_defect_stands_out_from_the_image_itself(lifted):
+    """Another batch lifts the whole map: m0 is not the whole image, but what rises above the lifted level."""
+    rng = np.random.default_rng(0)
+    normality = Normality.of((1 + 0.1 * rng.random((30, 32, 32))).astype(np.float32))
+    found = dataclasses.replace(calibration(threshold=1.5), normality=normality)
+    detector = Seen(None, (32, 32), jnp.zeros((1, 32, 32, 3)), found)
+    levels = jnp.asarray(1 + 0.1 * rng.random((32, 32)) + lifted).at[8:12, 20:26].add(3.0)
+    mask = np.asarray(detector.coarse_mask(levels))
+    assert mask[8:12, 20:26].all() and mask.sum() == 24
+    assert (float(detector.lift(levels)) > 0) == (lifted > 0)
+    assert 0 < float(detector.excess(levels)[1]) <= 1
+
+
+def test_hardly_any_normal_image_is_unlike_the_normals():
+    maps = np.random.default_rng(0).normal(1, 0.1, (200, 16, 16)) + np.random.default_rng(1).normal(0, 0.05, (200, 1, 1))
+    normality = Normality.of(maps)
+    assert np.mean([float(normality.lift(jnp.asarray(m))) > 0 for m in maps]) < 0.02
+
+
+def test_all_images_of_a_group_are_in_one_part():
+    groups = [i // 16 for i in range(64)]
+    parts = folds(64, 0, groups=groups)
+    assert len(parts) == 4 and sorted(i for part in parts for i in part) == list(range(64))
+    assert all(len({groups[i] for i in part}) == 1 for part in parts)
+    assert [len(p) for p in folds(10, 0, groups=[0] * 9 + [1])] in ([9, 1], [1, 9])
+
+
+def test_no_image_is_scored_by_a_detector_that_has_seen_its_group(shallow_backbone):
+    """Two crops of each photograph are equal: without groups, a detector has seen most of them."""
+    images = [smooth_image(seed // 2, 16) for seed in range(12)]
+    grouped = fit(Seen, images, shallow_backbone, size=(16, 16), num_components=1, groups=[i // 2 for i in range(12)])
+    alone = fit(Seen, images, shallow_backbone, size=(16, 16), num_components=1)
+    assert float(grouped.calibrated.ordinary) == 1 < float(alone.calibrated.ordinary)
+
+
+@pytest.mark.parametrize("groups", [[0, 1], [0] * 4])
+def test_wrong_groups_are_refused(groups, shallow_backbone):
+    with pytest.raises(OptionError, match="group"):
+        fit(Seen, [smooth_image(i, 16) for i in range(4)], shallow_backbone, size=(16, 16), groups=groups)
+
+
+def test_scores_of_synthetic_defects_show_whether_the_detector_sees_any(detector):
+    found = detector.calibrated.normality
+    assert len(found.defects) == NUM_DEFECTS and (np.diff(found.defects) >= 0).all()
+    assert np.mean(np.asarray(found.defects) > float(found.limit(0.05))) > 0.5
+    assert f"of {NUM_DEFECTS} synthetic defects" in described_verdict(detector, 0.05)
+    blind = dataclasses.replace(found, defects=found.scores)
+    blind = with_calibration(detector, dataclasses.replace(detector.calibrated, normality=blind))
+    assert "warning" in described_verdict(blind, 0.05) and "warning" not in described_verdict(detector, 0.05)

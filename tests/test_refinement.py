@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from conftest import SIZE, MeanColour, bright_blocks, calibration
 
-from f2pad_jax import Outcome, Settings, fit, refine
+from f2pad_jax import Outcome, Settings, fit, refine, refine_many
 from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import PatchCore
 from f2pad_jax.detectors.base import Factors
@@ -16,12 +17,13 @@ from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images import MEAN, STD, to_unit
 from f2pad_jax.images._views import scaled_mask
 from f2pad_jax.images.metrics import iou
-from f2pad_jax.images.pixels import resized
+from f2pad_jax.images.pixels import normalise, resized
 from f2pad_jax.inpainting import exemplar
 from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.method import Evidence, Mixture, Window, look, pose
 from f2pad_jax.method import _tiling as tiling
 from f2pad_jax.method._tiling import WINDOWS, crop_size, divided
+from f2pad_jax.method.algorithm import Solved, compose
 from f2pad_jax.solvers import Descent, Stopping
 
 
@@ -244,7 +246,7 @@ def test_separate_defects_are_solved_for_separately(wide, texture):
     assert iou(left, truth[:, :SIZE]) > 0.5 and iou(right, truth[:, 2 * SIZE :]) > 0.5
     assert not mask[:, SIZE : 2 * SIZE].any()
     parts = divided(np.asarray(both.region[0]), settings.margin, detector.stride, WINDOWS)
-    assert [window for _, window in parts] == [(96, 96), (96, 96)]
+    assert len(parts) == 2 and all(max(window) <= 96 for _, window in parts)
     restored = np.asarray(both.normal[0])
     assert all((restored != image / np.float32(255))[part].any() for part, _ in parts)
 
@@ -351,3 +353,44 @@ def test_a_detector_may_ask_for_more_sparsity():
         problem, _ = pose(kind(jnp.zeros(3), calibration(0.25)), bright_blocks()[0], inpaint="harmonic")
         betas.append(float(problem.weights.beta))
     assert betas[1] == pytest.approx(4 * betas[0]) and betas[0] > 0
+
+
+# --- pixels that do not count
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_ignored_pixels_are_never_marked_and_give_no_verdict(detector, texture, windows):
+    image, truth = texture.test[1].image, texture.test[1].mask
+    settings = Settings(max_steps=10, restore_steps=0)
+    plain = refine(detector, image, settings=settings, windows=windows)
+    assert plain.defective and plain.mask.any()
+    wide = scipy.ndimage.binary_dilation(truth, iterations=24)
+    without = refine(detector, image, settings=settings, windows=windows, ignore=wide)
+    assert float(without.score) < float(plain.score)
+    assert not (np.asarray(without.mask | without.coarse_mask | without.region) & wide).any()
+    half = wide & (np.arange(image.shape[1]) < np.flatnonzero(truth.any(axis=0)).mean())
+    part = refine(detector, image, settings=settings, windows=windows, ignore=half)
+    assert part.mask.any() and not (np.asarray(part.mask) & half).any()
+    np.testing.assert_array_equal(np.asarray(part.normal)[half], np.asarray(to_unit(image))[half])
+
+
+def test_each_image_has_its_own_ignored_pixels(detector, texture):
+    images = [texture.test[1].image, texture.test[1].image]
+    masks = [None, np.ones(images[0].shape[:2], bool)]
+    masks[1][:8, :8] = False
+    first, second = refine_many(detector, images, ignore=masks, settings=Settings(max_steps=10, restore_steps=0))
+    assert first.mask.any() and not second.mask.any()
+    with pytest.raises(ValueError, match="zip"):
+        list(refine_many(detector, images, ignore=masks[:1], settings=Settings(max_steps=10)))
+    with pytest.raises(ImageError, match="mask of ignored pixels has shape"):
+        list(refine_many(detector, images, ignore=np.zeros((3, 4), bool)))
+
+
+def test_a_mask_of_most_of_the_image_is_said(detector, texture):
+    coarse = look(detector, to_unit(texture.test[1].image), Settings().traced())
+    image = to_unit(texture.test[1].image)
+    most = jnp.ones(image.shape[:2], bool).at[:30].set(False)
+    solved = Solved(most, normalise(image), jnp.zeros((), int), jnp.zeros(()), jnp.asarray(int(Outcome.CONVERGED)))
+    assert compose(detector, Settings(), image, coarse, solved).outcome == Outcome.COVERS_IMAGE
+    few = dataclasses.replace(solved, mask=~most)
+    assert compose(detector, Settings(), image, coarse, few).outcome == Outcome.CONVERGED

@@ -62,9 +62,35 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument of the size that images are resized to."""
-    text = "side of the square that images are resized to, in pixels (default: %(default)s)"
-    parser.add_argument("--size", type=at_least(1), default=224, help=text)
+    """Adds the arguments of the size that images are resized to."""
+    group = parser.add_mutually_exclusive_group()
+    text = (
+        "size that images are resized to: 'auto' (the images' own size, at most the pixels of 448x448), the side of a "
+        "square with as many pixels, or HEIGHTxWIDTH; the first two keep the aspect ratio (default: auto)"
+    )
+    group.add_argument("--size", type=_size, metavar="auto|N|HxW", help=text)
+    text = "width of the smallest defect to be found, pixels of the images; it chooses the size"
+    group.add_argument("--smallest-defect", type=float, metavar="PIXELS", help=text)
+
+
+def _size(text: str) -> tuple[int, int] | int | None:
+    if text == "auto":
+        return None
+    sides = [at_least(1)(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is not auto, a number or HEIGHTxWIDTH")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+_size.__name__ = "size"  # argparse writes "invalid size value"
+
+
+def add_ignored(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the pixels that do not count."""
+    text = "picture of the pixels that do not count in any image, white; its size may differ (default: all pixels count)"
+    parser.add_argument("--ignore", type=Path, metavar="FILE", help=text)
+    text = "width of a frame that does not count, pixels of the images (default: %(default)s)"
+    parser.add_argument("--border", type=at_least(0), default=0, metavar="PIXELS", help=text)
 
 
 def add_false_alarms(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,14 @@ import numpy as np
 
 from f2pad_jax.commands._console import make_folder
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.detectors.normality import certified_rate
+from f2pad_jax.detectors.normality import PRIOR_EXCESS, certified_rate
 from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.evaluation._charts import histogram, standalone
+from f2pad_jax.images import metrics
 from f2pad_jax.images.files import check_images, list_images
+
+SUITS = 0.8
+"""Least image AUROC on synthetic defects of a detector that suits its images."""
 
 
 def normal_images(folder: Path, out: Path) -> list[Path]:
@@ -34,11 +39,12 @@ def normal_images(folder: Path, out: Path) -> list[Path]:
 
 
 def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
-    """Describes the limit of the verdict, and the rate that so many normal images certify, in one or two lines."""
+    """Describes the limit of the verdict, the certified rate, and how many synthetic defects are found."""
     normality = detector.calibrated.normality
     if normality is None:
         return "no false-alarm rate: the model has no scores of normal images"
-    scores, limit = np.asarray(normality.scores), float(normality.limit(false_alarms))
+    scores, defects = np.asarray(normality.scores), np.asarray(normality.defects)
+    limit = float(normality.limit(false_alarms))
     above, count = int(np.sum(scores > limit)), len(scores)
     text = (
         f"limit {limit:.2f} for {100 * false_alarms:g} % false alarms: {above} of {count} normal images are above it; "
@@ -49,13 +55,33 @@ def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
         text += (
             f"\n{count} normal images are few for this rate: it is extrapolated, and {needed} or more images would show it"
         )
+    if len(defects):
+        truth = np.repeat([False, True], [count, len(defects)])
+        auroc = metrics.auroc(np.concatenate([scores, defects])[:, None, None], truth[:, None, None])
+        text += f"\nfinds {np.sum(defects > limit)} of {len(defects)} synthetic defects (image AUROC {auroc:.2f})"
+        if auroc < SUITS:
+            text += (
+                "\nwarning: the detector hardly tells synthetic defects from normal images; PaDiM needs parts in one "
+                "position (try --method patchcore), and small defects need a larger --size"
+            )
     return text
+
+
+def score_chart(detector: AbstractDetector, false_alarms: float) -> bytes:
+    """Draws the scores of normal images and synthetic defects in units of the limit, as SVG."""
+    normality = detector.calibrated.normality
+    assert normality is not None
+    limit = max(float(normality.limit(false_alarms)), PRIOR_EXCESS)
+    kinds = {"normal images": normality.scores, "synthetic defects": normality.defects}
+    values = {name: (np.maximum(np.asarray(scores), 0) / limit).tolist() for name, scores in kinds.items() if len(scores)}
+    return standalone(histogram("image scores; above 1: defective", values, limit=1.0))
 
 
 def described(detector: AbstractDetector, num_images: int) -> str:
     """Describes a detector and its calibration in a line."""
     backbone, calibration = detector.backbone, detector.calibrated
+    height, width = detector.size
     return (
-        f"{num_images} normal images, {backbone.name} {' '.join(backbone.layers)}; "
+        f"{num_images} normal images at {height}x{width} pixels, {backbone.name} {' '.join(backbone.layers)}; "
         f"{calibration.prior.num_components} pixel components, threshold of m0 {float(calibration.threshold):.2f}"
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax._version import __version__
+from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.images.files import read_image, state_of, write_png
 from f2pad_jax.images.pictures import overlay
@@ -94,6 +96,7 @@ def worker(
     lanes: int | None = None,
     history: bool = False,
     false_alarms: float = 0.05,
+    ignore: Path | None = None,
 ) -> Work:
     """Returns a function that refines in this process, on all its devices.
 
@@ -104,11 +107,14 @@ def worker(
         lanes: as for :func:`f2pad_jax.refine_many`.
         history: whether to write the history of each image as well.
         false_alarms: share of good images that may be called defective.
+        ignore: picture of the pixels that do not count in any image, or folder with a picture for each image.
     """
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
         settings = Settings(false_alarms=false_alarms)
-        results = refine_many(detector, [path for path, _ in tasks], settings=settings, inpaint=inpaint, lanes=lanes)
+        masks = None if ignore is None else [_ignored(ignore, path, name) for path, name in tasks]
+        options = {"settings": settings, "inpaint": inpaint, "lanes": lanes}
+        results = refine_many(detector, [path for path, _ in tasks], ignore=masks, **options)
         for (path, name), result in zip(tasks, results, strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
@@ -119,6 +125,15 @@ def worker(
             yield written(path, name, result, inpaint, out)
 
     return work
+
+
+def _ignored(ignore: Path, path: Path | str, name: str) -> Bool[np.ndarray, "h w"] | None:
+    """Returns the pixels of an image that do not count, at the image's size; None if the folder has no picture for it."""
+    file = ignore / f"{name}.png" if ignore.is_dir() else ignore
+    if ignore.is_dir() and not file.exists():
+        return None
+    image = read_image(path)
+    return read_mask(file, size=(image.shape[0], image.shape[1]))
 
 
 def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path) -> Record:
@@ -135,6 +150,7 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "verdict": "defective" if result.defective else "good",
         "score": round(float(result.score), 4),
         "p_value": float(f"{float(result.p_value):.3g}") if np.isfinite(result.p_value) else None,
+        "unlike_normals": bool(result.unlike),
         "anomalous_pixels": int(result.mask.sum()),
         "anomalous_share": float(result.mask.mean()),
         "coarse_share": float(result.coarse_mask.mean()),

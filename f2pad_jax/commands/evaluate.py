@@ -6,6 +6,7 @@ from typing import Any
 
 from f2pad_jax.commands._console import (
     add_command,
+    add_ignored,
     add_network,
     add_seed,
     add_size,
@@ -74,6 +75,7 @@ def add(commands: Any) -> None:
         help="half of each test folder: 'development' to choose constants on, or 'report' for figures (default: both)",
     )
     add_size(parser)
+    add_ignored(parser)
     add_seed(parser)
     parser.add_argument("--tune", action="store_true", help="also tune every detector, as 'f2pad tune' does")
     parser.add_argument(
@@ -104,7 +106,10 @@ def run(arguments: argparse.Namespace) -> None:
             tune=arguments.tune,
             curves=arguments.curves,
             half=arguments.half,
-            size=(arguments.size, arguments.size),
+            size=arguments.size,
+            smallest_defect=arguments.smallest_defect,
+            ignore=arguments.ignore,
+            border=arguments.border,
             seed=arguments.seed,
             progress=progress,
         )

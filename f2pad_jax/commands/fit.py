@@ -4,21 +4,25 @@ import argparse
 import inspect
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from f2pad_jax._storage import write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_backbone
 from f2pad_jax.commands._console import (
     add_command,
     add_false_alarms,
+    add_ignored,
     add_network,
     add_seed,
     add_size,
     shown_progress,
     use_compilation_cache,
 )
-from f2pad_jax.commands._model_files import described, described_verdict, normal_images
+from f2pad_jax.commands._model_files import described, described_verdict, normal_images, score_chart
+from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import fitting
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
@@ -53,6 +57,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=list(DETECTORS), default="patchcore", help="method of the detector (default: %(default)s)"
     )
     add_size(parser)
+    add_ignored(parser)
+    parser.add_argument(
+        "--groups",
+        metavar="PATTERN",
+        help="regular expression of the part of a file's name that names its group, such as '^[^_]+' for 012_3.png; a "
+        "group has the images of one photograph or lot, and none judges another (default: no groups)",
+    )
     add_false_alarms(parser)
     add_seed(parser)
     add_network(parser)
@@ -85,7 +96,11 @@ def run(arguments: argparse.Namespace) -> None:
     layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
     backbone = load_backbone(arguments.backbone, layers=layers, weights=arguments.weights)
     options |= {
-        "size": (arguments.size, arguments.size),
+        "size": arguments.size,
+        "smallest_defect": arguments.smallest_defect,
+        "ignore": None if arguments.ignore is None else read_mask(arguments.ignore),
+        "border": arguments.border,
+        "groups": None if arguments.groups is None else grouped(paths, arguments.groups),
         "resume": arguments.out.with_name(f"{arguments.out.name}.partial"),
         "seed": arguments.seed,
     }
@@ -100,6 +115,25 @@ def run(arguments: argparse.Namespace) -> None:
         print(trials_table(trials))
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
     print(described_verdict(detector, arguments.false_alarms))
+    chart = arguments.out.with_name(f"{arguments.out.name}.svg")
+    write_atomically(chart, score_chart(detector, arguments.false_alarms))
+    print(f"{chart} shows the scores of the normal images and of the synthetic defects")
+
+
+def grouped(paths: Sequence[Path], pattern: str) -> list[str]:
+    """Returns the group of each image: the part of the file's name that matches the pattern.
+
+    Raises:
+        OptionError: the pattern is no regular expression, or a name does not match.
+    """
+    try:
+        found = [re.search(pattern, path.name) for path in paths]
+    except re.error as error:
+        raise OptionError(f"--groups '{pattern}' is no regular expression: {error}") from None
+    unmatched = [path for path, match in zip(paths, found, strict=True) if match is None]
+    if unmatched:
+        raise OptionError(f"--groups '{pattern}' does not match {unmatched[0].name}")
+    return [match.group() for match in found if match is not None]
 
 
 def own_options(method: type[AbstractDetector]) -> dict[str, Any]:

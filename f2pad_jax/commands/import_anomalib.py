@@ -4,8 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from f2pad_jax.commands._console import add_command, add_seed, at_least, shown_progress, use_compilation_cache
-from f2pad_jax.commands._model_files import described, normal_images
+from f2pad_jax.commands._console import (
+    add_command,
+    add_false_alarms,
+    add_seed,
+    at_least,
+    shown_progress,
+    use_compilation_cache,
+)
+from f2pad_jax.commands._model_files import described, described_verdict, normal_images
 from f2pad_jax.detectors.anomalib import load_anomalib
 from f2pad_jax.detectors.saving import save_detector
 from f2pad_jax.images.files import read_image
@@ -30,6 +37,7 @@ def add(commands: Any) -> None:
         metavar=("H", "W"),
         help="height and width that images are resized to, in pixels (default: the size in the .ckpt file)",
     )
+    add_false_alarms(parser)
     add_seed(parser)
 
 
@@ -46,3 +54,4 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {type(detector).__name__} trained with anomalib, {described(detector, len(paths))}; "
         f"'f2pad refine' needs --weights {arguments.checkpoint}"
     )
+    print(described_verdict(detector, arguments.false_alarms))

@@ -46,6 +46,13 @@ def add(commands: Any) -> None:
         default=INPAINTERS[0],
         help="inpainter that makes the first guess of the normal image (default: %(default)s)",
     )
+    parser.add_argument(
+        "--ignore",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="picture of the pixels that do not count, white: one for all images, or a folder with a picture NAME.png for "
+        "each image that needs one (default: all pixels count)",
+    )
     add_false_alarms(parser)
     parser.add_argument(
         "--lanes",
@@ -85,12 +92,14 @@ def run(arguments: argparse.Namespace) -> None:
         "lanes": arguments.lanes,
         "history": arguments.history,
         "false_alarms": arguments.false_alarms,
+        "ignore": arguments.ignore,
     }
     if arguments.ray is None:
         work = worker(detector, out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
     recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
+    recipe["ignore"] = None if arguments.ignore is None else str(arguments.ignore)
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress)

@@ -30,11 +30,17 @@ ORIGIN = np.zeros(2, np.int32)
 class NormalImages(Sequence):
     """Defect-free images at the detector's size, stored with 16 bits a channel (0.3 MB at 224x224).
 
-    Indexing gives an image in normalised intensity.
+    Indexing gives an image in normalised intensity. Pixels that are ``ignored`` in all images count neither in the
+    calibration nor later.
     """
 
-    def __init__(self, images: Iterable[Shaped[np.ndarray | Array, "..."]], size: tuple[int, int]):
-        self.size = size
+    def __init__(
+        self,
+        images: Iterable[Shaped[np.ndarray | Array, "..."]],
+        size: tuple[int, int],
+        ignored: Bool[np.ndarray, "h w"] | None = None,
+    ):
+        self.size, self.ignored = size, ignored
         self.kept: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
         self.numbers: list[int] = []
         self.total = 0
@@ -58,7 +64,7 @@ class NormalImages(Sequence):
 
     def subset(self, indices: Iterable[int]) -> "NormalImages":
         """Returns some of the images, without a copy."""
-        part, indices = NormalImages((), self.size), list(indices)
+        part, indices = NormalImages((), self.size, self.ignored), list(indices)
         part.stored, part.numbers = ([values[i] for i in indices] for values in (self.stored, self.numbers))
         part.kept, part.total = self.kept, self.total
         return part
@@ -109,6 +115,8 @@ class Calibration(eqx.Module):
     """Some of the training images, from which the inpainter copies; None without images."""
     factors: Factors = Factors()
     """Factors on constants of :class:`~f2pad_jax.Settings`, found by tuning."""
+    ignored: Bool[Array, "h w"] | None = None
+    """Pixels of every image that do not count; None: all pixels count."""
     normality: Normality | None = None
     """Distribution of the maps of normal images; None: an image is defective if a pixel exceeds ``threshold``."""
 
@@ -204,7 +212,7 @@ class AbstractDetector(eqx.Module):
         At the outline of a defect, smoothing leaves half of its peak. The threshold suits faint defects. Without the second
         condition, the outline of a glaring defect would lie too far out.
         """
-        return self.excess(anomaly_map) > 1
+        return self.excess(anomaly_map)[0] > 1
 
     def verdict(self, anomaly_map: Float[Array, "h w"], false_alarms: Scalar) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns the score and the p-value of an image by its map. The image is defective if the score exceeds 1.
@@ -219,17 +227,32 @@ class AbstractDetector(eqx.Module):
         limit = jnp.maximum(c.normality.limit(false_alarms), PRIOR_EXCESS)  # positive, whatever the scores are
         return jnp.maximum(score, 0) / limit, c.normality.p_value(score)
 
-    def excess(self, anomaly_map: Float[Array, "h w"], values: Float[Array, "*v"] | None = None) -> Float[Array, "*v"]:
-        """Returns the map, or ``values`` in its units, relative to the level at the border of m0.
+    def excess(self, anomaly_map: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
+        """Returns the map and the threshold relative to the level at the border of m0.
 
-        0 is the ordinary level or below, and 1 the level at the border of m0. If no pixel exceeds the threshold, m0 ends at
-        half of the map's height.
+        0 is the ordinary level or below, and 1 the level at the border of m0. The threshold is at most 1. If no pixel
+        exceeds the threshold, m0 ends at half of the map's height. In an image unlike the normal images as a whole, the
+        ordinary level and the threshold are lifted (:meth:`~f2pad_jax.detectors.Normality.lift`).
         """
         c = self.calibrated
-        threshold = jnp.where(jnp.max(anomaly_map) > c.threshold, c.threshold, c.ordinary)
-        level = jnp.maximum(threshold, half_height(anomaly_map, c.ordinary))
-        above = (anomaly_map if values is None else values) - c.ordinary
-        return jnp.maximum(above, 0) / jnp.maximum(level - c.ordinary, 1e-6)
+        lift = self.lift(anomaly_map)
+        ordinary, threshold = c.ordinary + lift, c.threshold + lift
+        half = half_height(anomaly_map, ordinary)
+        level = jnp.where(jnp.max(anomaly_map) > threshold, jnp.maximum(threshold, half), half)
+        height = jnp.maximum(level - ordinary, 1e-6)
+        return jnp.maximum(anomaly_map - ordinary, 0) / height, jnp.minimum((threshold - ordinary) / height, 1)
+
+    def lift(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
+        """Returns the height of the map above the level of images that resemble the normal images as a whole."""
+        normality = self.calibrated.normality
+        return jnp.zeros(()) if normality is None else normality.lift(anomaly_map)
+
+
+def counted(anomaly_map: Float[Array, "h w"], ignored: Bool[Array, "h w"] | None) -> Float[Array, "h w"]:
+    """Returns the map with its mean over the counted pixels in place of the ignored pixels."""
+    if ignored is None:
+        return anomaly_map
+    return jnp.where(ignored, jnp.mean(anomaly_map, where=~ignored), anomaly_map)
 
 
 def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:

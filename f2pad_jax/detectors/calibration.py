@@ -1,21 +1,27 @@
 """Calibration of a fitted detector on normal images that it was not fitted to."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, UInt16
+from jaxtyping import Array, Bool, Float, Float16, UInt16
 
-from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, Factors, NormalImages
+from f2pad_jax.data.cutpaste import irregular_shape, paste_noise, paste_stain, paste_tint
+from f2pad_jax.detectors.base import ORIGIN, AbstractDetector, Calibration, Factors, NormalImages, counted
 from f2pad_jax.detectors.normality import Normality
 from f2pad_jax.detectors.prior import fit_prior
 from f2pad_jax.images.pixels import normalise
 from f2pad_jax.progress import Progress, silent
 
-EXTENT = 0.7
+EXTENT = 0.5
 """Height of the threshold of m0 between the ordinary level and the limit of the maps' maxima."""
+NUM_DEFECTS = 30
+"""Number of synthetic defects, which show whether the detector suits the images."""
+PASTES = (paste_tint, paste_stain, paste_noise)
+"""Kinds of synthetic defects."""
 NUM_PIXELS = 20_000
 """Number of pixels to which the prior is fitted."""
 
@@ -44,7 +50,8 @@ def calibrate(
         progress: function that receives stage, number done and total.
     """
     detector = scaled(detector, images, others, num_components, num_exemplars, seed, progress)
-    return with_maps(detector, normal_maps(detector, images, progress))
+    defects = maps_of(detector, faint_defects(images, seed), "maps of synthetic defects", progress)
+    return with_maps(detector, maps_of(detector, images, "maps of normal images", progress), defects)
 
 
 def scaled(
@@ -63,7 +70,7 @@ def scaled(
     rng = np.random.default_rng(seed)
     stored = [*images.stored, *(others.stored if others else ())]
     progress("pixel prior", 0, 1)
-    prior = fit_prior(sampled_pixels(rng, stored), num_components=num_components, seed=seed)
+    prior = fit_prior(sampled_pixels(rng, stored, images.ignored), num_components=num_components, seed=seed)
     progress("pixel prior", 1, 1)
     indices = np.sort(rng.permutation(len(stored))[:num_exemplars])
     normals = jnp.asarray(np.stack([np.rint(stored[i] / 257).astype(np.uint8) for i in indices])) if len(indices) else None
@@ -71,38 +78,68 @@ def scaled(
     unset = jnp.float32(0)
     one = jnp.float32(1)  # an array, as in a tuned detector: both run the same programs
     factors = Factors(one, one)
-    return with_calibration(detector, Calibration(jnp.float32(max(scale, 1e-6)), unset, unset, prior, normals, factors))
+    ignored = None if images.ignored is None else jnp.asarray(images.ignored)
+    levels = jnp.float32(max(scale, 1e-6)), unset, unset
+    return with_calibration(detector, Calibration(*levels, prior, normals, factors, ignored))
 
 
-def normal_maps(detector: AbstractDetector, images: NormalImages, progress: Progress) -> Float16[np.ndarray, "n h w"]:
+def faint_defects(images: NormalImages, seed: int) -> NormalImages:
+    """Returns images with a synthetic defect each: a tint, a stain or noise, in turn, in an irregular shape."""
+
+    def drawn_shape(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+        shape = irregular_shape(rng, images.size)
+        return shape if images.ignored is None else shape & ~images.ignored
+
+    def defective(k: int) -> Float[np.ndarray, "h w 3"]:
+        rng, normal = np.random.default_rng([seed, k]), images.pixels(k % len(images)).astype(np.float32) / 65535
+        return np.clip(PASTES[k % len(PASTES)](rng, normal, drawn_shape(rng)).image, 0, 1)
+
+    return NormalImages((defective(k) for k in range(NUM_DEFECTS)), images.size)
+
+
+def maps_of(
+    detector: AbstractDetector, images: NormalImages, stage: str, progress: Progress
+) -> Float16[np.ndarray, "n h w"]:
     """Returns the anomaly maps of images, with 16 bits a pixel."""
     maps = np.empty((len(images), *images.size), np.float16)
     for i in range(len(images)):
-        progress("maps of normal images", i, len(images))
+        progress(stage, i, len(images))
         maps[i] = np.minimum(_map(detector, images[i]), np.finfo(np.float16).max)
-    progress("maps of normal images", len(images), len(images))
+    progress(stage, len(images), len(images))
     return maps
 
 
-def with_maps(detector: D, maps: Float16[np.ndarray, "n h w"]) -> D:
+def with_maps(
+    detector: D,
+    maps: Float16[np.ndarray, "n h w"],
+    defects: Float16[np.ndarray, "k h w"],
+    parts: Sequence[Sequence[int]] | None = None,
+) -> D:
     """Returns the detector with ordinary level, threshold and normality, from maps of images that no fit had seen.
 
     The ordinary level is the mean of the maps. The threshold lies :data:`EXTENT` of the way from the ordinary level to
     the limit that the maxima of 5 % of the maps exceed. It says how far a defect reaches, not whether there is one.
+    ``defects`` and ``parts`` are the arguments of :meth:`Normality.of`.
     """
     ordinary = float(np.mean(maps, dtype=np.float64))
     highest = float(np.quantile(maps.max(axis=(1, 2)), 0.95))
     threshold = jnp.float32(ordinary + EXTENT * (highest - ordinary))
     calibration = dataclasses.replace(
-        detector.calibrated, ordinary=jnp.float32(ordinary), threshold=threshold, normality=Normality.of(maps)
+        detector.calibrated,
+        ordinary=jnp.float32(ordinary),
+        threshold=threshold,
+        normality=Normality.of(maps, defects, parts),
     )
     return with_calibration(detector, calibration)
 
 
-def sampled_pixels(rng: np.random.Generator, stored: list[UInt16[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n 3"]:
-    """Returns about :data:`NUM_PIXELS` pixels, equally many of each image, in normalised intensity."""
-    each = -(-NUM_PIXELS // len(stored))
-    return np.asarray(normalise(np.concatenate([rng.choice(image.reshape(-1, 3), each) for image in stored]) / 65535))
+def sampled_pixels(
+    rng: np.random.Generator, stored: list[UInt16[np.ndarray, "h w 3"]], ignored: Bool[np.ndarray, "h w"] | None
+) -> Float[np.ndarray, "n 3"]:
+    """Returns about :data:`NUM_PIXELS` pixels that count, equally many of each image, in normalised intensity."""
+    each, kept = -(-NUM_PIXELS // len(stored)), slice(None) if ignored is None else ~ignored.ravel()
+    pixels = [rng.choice(image.reshape(-1, 3)[kept], each) for image in stored]
+    return np.asarray(normalise(np.concatenate(pixels) / 65535))
 
 
 def with_calibration(detector: D, calibration: Calibration) -> D:
@@ -119,4 +156,4 @@ def _mean_score(detector: AbstractDetector, image: Float[Array, "h w 3"]) -> Flo
 
 @jax.jit
 def _map(detector: AbstractDetector, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
-    return detector.anomaly_map(image)
+    return counted(detector.anomaly_map(image), detector.calibrated.ignored)

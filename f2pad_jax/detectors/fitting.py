@@ -1,18 +1,19 @@
 """Fitting of any method to normal images: hold-out, calibration and refit, without a label."""
 
-import itertools
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from f2pad_jax.backbones.backbone import Backbone, find_network, load_backbone
 from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.detectors.calibration import D, normal_maps, scaled, with_calibration, with_maps
+from f2pad_jax.detectors.calibration import D, faint_defects, maps_of, scaled, with_calibration, with_maps
 from f2pad_jax.detectors.normality import folds
-from f2pad_jax.errors import ImageError
+from f2pad_jax.detectors.resolution import detector_size, ignored_pixels, peeked
+from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.progress import Progress, silent
 
 Adjust = Callable[[D, NormalImages, NormalImages], D]
@@ -25,7 +26,11 @@ def fit(
     images: Iterable[Shaped[np.ndarray | Array, "..."]],
     backbone: Backbone | str,
     *,
-    size: tuple[int, int] = (224, 224),
+    size: tuple[int, int] | int | None = None,
+    smallest_defect: float | int | None = None,
+    groups: Sequence[Hashable] | None = None,
+    ignore: Bool[np.ndarray, "H W"] | None = None,
+    border: int = 0,
     num_components: int = 6,
     num_exemplars: int = 16,
     adjust: Adjust | None = None,
@@ -46,7 +51,15 @@ def fit(
         images: at least two normal images of any sizes, each as :func:`~f2pad_jax.images.to_unit` takes it. They are read
             once and kept at the detector's size, 6 bytes a pixel.
         backbone: frozen feature extractor, or its name. A backbone given by name has the method's default layers.
-        size: height and width that images are resized to, multiples of the backbone's stride.
+        size: height and width that images are resized to, multiples of the backbone's stride. A number is the side of a
+            square with as many pixels; the images keep their aspect ratio. Default: the images' own size, at most the
+            pixels of 448x448 (:func:`~f2pad_jax.detectors.resolution.detector_size`).
+        smallest_defect: width of the smallest defect that is to be found, pixels of the images; it chooses the size.
+        groups: group of each image, such as the name of the photograph from which it was cut. No image is scored by a
+            detector that has seen an image of its group.
+        ignore: pixels that do not count, in the fit and in every later image; a mask of any size, for example of a
+            label's place. Default: all pixels count.
+        border: width of a frame that does not count, pixels of the images.
         num_components: largest number of Gaussians of the pixel prior.
         num_exemplars: largest number of training images kept for the inpainter.
         adjust: function that improves the calibration before the refit; :func:`f2pad_jax.tune` passes one.
@@ -58,9 +71,21 @@ def fit(
 
     Raises:
         ImageError: there are fewer than two images, an image can't be used, or the size does not suit the backbone.
+        OptionError: both ``size`` and ``smallest_defect`` are given, or one of them is not positive; or there is only one
+            group, or not a group for each image; or all pixels are ignored.
         CheckpointError: the backbone's weights are missing.
     """
-    normals = NormalImages(images, size)
+    if size is not None and smallest_defect is not None:
+        raise OptionError("give the size or the smallest defect, not both: the smallest defect chooses the size")
+    own, images = peeked(images)
+    if not isinstance(size, tuple):
+        if isinstance(backbone, str):
+            network = find_network(backbone)
+            stride = max(network.strides[layer] for layer in method.default_layers(network, sys.maxsize))
+        else:
+            stride = backbone.stride
+        size = detector_size(own, stride, size, smallest_defect)
+    normals = NormalImages(images, size, ignored_pixels(ignore, border, own, size))
     if len(normals) < 2:
         raise ImageError(f"fitting needs at least two normal images; got {len(normals)} (one is held out for calibration)")
     if isinstance(backbone, str):
@@ -70,10 +95,14 @@ def fit(
         raise ImageError(f"size {size} is not a multiple of the backbone's stride {backbone.stride}; give another size")
     if resume and method.resumable:
         options["resume"] = resume
-    parts = folds(len(normals), seed)
+    if groups is not None and len(groups) != len(normals):
+        raise OptionError(f"{len(groups)} groups for {len(normals)} images: give the group of each image")
+    parts = folds(len(normals), seed, groups=groups)
+    if len(parts) == 1:
+        raise OptionError("all images are in one group; give at least two groups, or none")
     parts = parts if method.refits else parts[:1]
     splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
-    maps, first = np.empty((len(normals), *size), np.float16), None
+    maps, first, defects = np.empty((len(normals), *size), np.float16), None, None
     for number, (part, (held_out, others)) in enumerate(zip(parts, splits, strict=True)):
 
         def fold_progress(stage: str, done: int, total: int, number: int = number) -> None:
@@ -82,9 +111,11 @@ def fit(
         detector = method.fit(others, backbone, seed=seed, progress=fold_progress, **options)
         if first is None:
             first = scaled(detector, held_out, others, num_components, num_exemplars, seed, progress)
-        maps[part] = normal_maps(with_calibration(detector, first.calibrated), held_out, fold_progress)
-    assert first is not None
-    detector = with_maps(first, maps[sorted(itertools.chain(*parts))])
+            defects = maps_of(first, faint_defects(held_out, seed), "maps of synthetic defects", fold_progress)
+        detector = with_calibration(detector, first.calibrated)
+        maps[part] = maps_of(detector, held_out, "maps of normal images", fold_progress)
+    assert first is not None and defects is not None
+    detector = with_maps(first, maps, defects, parts) if method.refits else with_maps(first, maps[parts[0]], defects)
     if adjust is not None:
         detector = adjust(detector, *splits[0])
     if method.refits:

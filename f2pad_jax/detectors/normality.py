@@ -1,7 +1,9 @@
 """Verdict on a whole image: its score, and its p-value against the scores of normal images outside the fit."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,6 +27,8 @@ PRIOR_EXCESSES = 4
 """Number of excesses that the prior mean counts for beside the excesses in the tail."""
 PRIOR_EXCESS = 1.0
 """Prior mean excess of the tail, standard deviations: a few scores do not show how long the tail is."""
+DEVIATIONS = 3.0
+"""Number of standard deviations from the mean of the maps' medians to :attr:`Normality.level`."""
 
 
 class Normality(eqx.Module):
@@ -36,18 +40,46 @@ class Normality(eqx.Module):
     """Standard deviation of the maps at each pixel, smoothed."""
     scores: Float[Array, " n"]
     """Scores of the normal images, ascending; statistics of other normal images gave each score."""
+    defects: Float[Array, " k"]
+    """Scores of synthetic defects, ascending."""
+    level: Float[Array, ""]
+    """Highest median of the map of an image that resembles the normal images as a whole."""
 
     @staticmethod
-    def of(maps: Num[np.ndarray, "n h w"]) -> "Normality":
-        """Measures the distribution of maps of normal images, in :data:`FOLDS` parts."""
-        count, num_folds = len(maps), min(FOLDS, len(maps))
-        parts = [np.arange(fold, count, num_folds) for fold in range(num_folds)]
-        scores = np.zeros(count, np.float32)
-        for part in parts:
-            others = np.setdiff1d(np.arange(count), part) if num_folds > 1 else part
-            mean, spread = statistics(maps[others])
-            scores[part] = [image_score(jnp.asarray(maps[i], jnp.float32), mean, spread) for i in part]
-        return Normality(*statistics(maps), jnp.asarray(np.sort(scores)))
+    def of(
+        maps: Num[np.ndarray, "n h w"],
+        defects: Num[np.ndarray, "k h w"] | None = None,
+        parts: Sequence[Sequence[int]] | None = None,
+    ) -> "Normality":
+        """Measures the distribution of maps of normal images.
+
+        Args:
+            maps: maps of images that the detector was not fitted to.
+            defects: maps of synthetic defects on such images.
+            parts: indices of the maps in each part; statistics of the other parts give the scores of a part. Default:
+                :data:`FOLDS` parts.
+        """
+        parts = parts or [list(range(fold, len(maps), FOLDS)) for fold in range(min(FOLDS, len(maps)))]
+        moments = [Moments.of(maps[i] for i in part) for part in parts]
+        scores = np.zeros(len(maps), np.float32)
+        for k, part in enumerate(parts):
+            others = moments[:k] + moments[k + 1 :] or moments
+            mean, spread = Moments.together(others).statistics()
+            for i in part:
+                scores[i] = image_score(jnp.asarray(maps[i], jnp.float32), mean, spread)
+        levels = [float(np.median(m)) for m in maps]
+        level = jnp.float32(np.mean(levels) + DEVIATIONS * np.std(levels))
+        mean, spread = Moments.together(moments).statistics()
+        found = [image_score(jnp.asarray(m, jnp.float32), mean, spread) for m in (() if defects is None else defects)]
+        scores, found = (jnp.asarray(np.sort(values), jnp.float32) for values in (scores, found))
+        return Normality(mean, spread, scores, found, level)
+
+    def lift(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
+        """Returns the height of a map's median above :attr:`level`; 0 if the image resembles the normal images as a whole.
+
+        Other light, a blurred lens or another batch lifts the whole map. The defect is then sought above the lifted level.
+        """
+        return jnp.maximum(jnp.median(anomaly_map) - self.level, 0)
 
     def score(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
         """Returns the score of an image by its map: :func:`image_score`."""
@@ -107,16 +139,38 @@ def image_score(
     return jnp.mean(jax.lax.top_k(deviations, max(int(TOP * deviations.size), 1))[0])
 
 
-def statistics(maps: Num[np.ndarray, "n h w"]) -> tuple[Float[Array, "h w"], Float[Array, "h w"]]:
-    """Returns the mean and the standard deviation of maps at each pixel, smoothed.
+class Moments(NamedTuple):
+    """Sums over maps."""
 
-    The variance of each pixel is averaged with the variance of all values, which counts for :data:`PRIOR_IMAGES` images:
-    a few images do not show the variance of every pixel.
-    """
-    n, maps = len(maps), np.asarray(maps, np.float32)
-    variance = (n * maps.var(axis=0) + PRIOR_IMAGES * maps.var()) / (n + PRIOR_IMAGES)
-    mean, variance = (smoothed(jnp.asarray(values), SMOOTHING) for values in (maps.mean(axis=0), variance))
-    return mean, jnp.sqrt(jnp.maximum(variance, 1e-12))
+    count: int
+    """Number of maps."""
+    total: Float[np.ndarray, "h w"]
+    """Sum of the maps."""
+    squares: Float[np.ndarray, "h w"]
+    """Sum of their squares."""
+
+    @staticmethod
+    def of(maps: Iterable[Num[np.ndarray, "h w"]]) -> "Moments":
+        """Computes the sums, one map at a time."""
+        exact = (np.asarray(m, np.float64) for m in maps)
+        return Moments.together(Moments(1, m, m * m) for m in exact)
+
+    @staticmethod
+    def together(moments: Iterable["Moments"]) -> "Moments":
+        """Returns the sums over all maps."""
+        return functools.reduce(lambda a, b: Moments(a.count + b.count, a.total + b.total, a.squares + b.squares), moments)
+
+    def statistics(self) -> tuple[Float[Array, "h w"], Float[Array, "h w"]]:
+        """Returns the mean and the standard deviation of the maps at each pixel, smoothed.
+
+        The variance of each pixel is averaged with the variance of all values, which counts for :data:`PRIOR_IMAGES`
+        images: a few images do not show the variance of every pixel.
+        """
+        mean, square = self.total / self.count, self.squares / self.count
+        of_all = square.mean() - mean.mean() ** 2
+        variance = (self.count * (square - mean**2) + PRIOR_IMAGES * of_all) / (self.count + PRIOR_IMAGES)
+        smooth_mean, variance = (smoothed(jnp.asarray(v, jnp.float32), SMOOTHING) for v in (mean, variance))
+        return smooth_mean, jnp.sqrt(jnp.maximum(variance, 1e-12))
 
 
 def certified_rate(num_above: int, num_normals: int, confidence: float = 0.95) -> float:
@@ -129,7 +183,20 @@ def certified_rate(num_above: int, num_normals: int, confidence: float = 0.95) -
     return float(beta.ppf(confidence, num_above + 1, num_normals - num_above))
 
 
-def folds(count: int, seed: int, num_folds: int = FOLDS) -> Sequence[list[int]]:
-    """Returns the ascending indices of each part of ``count`` images, drawn at random; at least one image a part."""
-    order = np.random.default_rng(seed).permutation(count)
-    return [sorted(map(int, part)) for part in np.array_split(order, min(num_folds, count))]
+def folds(count: int, seed: int, num_folds: int = FOLDS, groups: Sequence[Hashable] | None = None) -> Sequence[list[int]]:
+    """Returns the ascending indices of each part of ``count`` images, drawn at random; at least one image a part.
+
+    Args:
+        count: number of images.
+        seed: seed of the draw.
+        num_folds: largest number of parts.
+        groups: group of each image; all images of a group are in one part. Default: every image is a group.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups if groups is not None else range(count)):
+        members.setdefault(group, []).append(i)
+    names = list(members)
+    parts: list[list[int]] = [[] for _ in range(min(num_folds, len(names)))]
+    for k in np.random.default_rng(seed).permutation(len(names)):
+        min(parts, key=len).extend(members[names[k]])
+    return [sorted(part) for part in parts]

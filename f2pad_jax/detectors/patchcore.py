@@ -18,6 +18,8 @@ from f2pad_jax.progress import Progress, silent
 
 BLOCK = 512
 """Number of positions that a nearest-neighbour search handles at a time; it bounds the memory."""
+NUM_POINTS = 200_000
+"""Number of features from which the coreset is selected; of more features, equally many are drawn from each image."""
 
 
 class Candidates(NamedTuple):
@@ -62,13 +64,13 @@ class PatchCore(AbstractDetector):
     ) -> "PatchCore":
         """Fills the memory bank with a greedy coreset of the features of normal images.
 
-        A temporary file keeps the features, for the coreset and for other fits to these images. The file has 4 bytes per
-        position, channel and image. Memory is 4·``projection`` bytes per position and image, 1.6 MB per image at 56x56.
+        A temporary file keeps the drawn features, for other fits to these images: 4 bytes per feature and channel. Memory
+        is 4·``projection`` bytes per feature, 0.1 GB at most.
 
         Args:
             images: normal images at the detector's size.
             backbone: frozen feature extractor.
-            seed: seed of the projection and of the first point of the coreset.
+            seed: seed of the projection, of the features drawn and of the first point of the coreset.
             progress: function that receives stage, number done and total.
             coreset_ratio: share of all features kept in the memory bank.
             max_bank: largest number of features kept.
@@ -85,28 +87,31 @@ class PatchCore(AbstractDetector):
                 f"max_bank {max_bank}, num_candidates {num_candidates} and projection {projection} must be at least 1"
             )
         rng = np.random.default_rng(seed)
-        embed_jit, points, matrix, count = partial(jax.jit(embed), backbone), None, None, 0
-        key = ("patchcore", backbone.key)
+        h, w, channels = jax.eval_shape(partial(embed, backbone), images[0]).shape
+        matrix = None
+        if channels > projection:
+            matrix = (rng.standard_normal((channels, projection)) / np.sqrt(projection)).astype(np.float32)
+        count = min(h * w, -(-NUM_POINTS // images.total))
+
+        def drawn(i: int) -> Float[np.ndarray, "p c"]:
+            order = np.random.default_rng([seed, images.numbers[i]]).permutation(h * w)
+            rows = jnp.asarray(np.sort(order[:count]))
+            return images.computed(("patchcore", backbone.key, seed), lambda image: _at(backbone, image, rows), i)
+
+        points = np.empty((len(images), count, min(channels, projection)), np.float32)
         for i in range(len(images)):
             progress("features", i, len(images))
-            features = images.computed(key, embed_jit, i)
-            features = features.reshape(-1, features.shape[-1])
-            if points is None:
-                count, channels = features.shape
-                if channels > projection:
-                    matrix = (rng.standard_normal((channels, projection)) / np.sqrt(projection)).astype(np.float32)
-                points = np.empty((len(images) * count, min(channels, projection)), np.float32)
-            points[i * count : (i + 1) * count] = features if matrix is None else features @ matrix
+            points[i] = drawn(i) if matrix is None else drawn(i) @ matrix
         progress("features", len(images), len(images))
-        assert points is not None
-        bank_size = max(1, min(int(np.ceil(coreset_ratio * len(points))), max_bank))
+        points = points.reshape(len(images) * count, -1)
+        bank_size = max(1, min(int(np.ceil(coreset_ratio * len(images) * h * w)), max_bank))
         indices = coreset(points, bank_size, int(rng.integers(len(points))), progress)
         bank = np.empty((len(indices), channels), np.float32)
         for i in range(len(images)):
             progress("memory bank", i, len(images))
             (rows,) = np.nonzero(indices // count == i)
             if len(rows):
-                bank[rows] = images.computed(key, embed_jit, i).reshape(count, -1)[indices[rows] % count]
+                bank[rows] = drawn(i)[indices[rows] % count]
         progress("memory bank", len(images), len(images))
         return cls(backbone=backbone, size=images.size, memory_bank=jnp.asarray(bank), num_candidates=num_candidates)
 
@@ -156,6 +161,13 @@ def embed(backbone: Backbone, image: Float[Array, "h w 3"]) -> Float[Array, "h_1
     maps = extract(backbone, image)
     size = max(m.shape[:2] for m in maps)
     return jnp.concatenate([jax.image.resize(_average(m), (*size, m.shape[2]), "linear") for m in maps], axis=-1)
+
+
+@jax.jit
+def _at(backbone: Backbone, image: Float[Array, "h w 3"], rows: Int[Array, " p"]) -> Float[Array, "p c"]:
+    """Returns the embedded features at these positions."""
+    features = embed(backbone, image)
+    return features.reshape(-1, features.shape[-1])[rows]
 
 
 def _average(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_to_depth
-from f2pad_jax.data.mvtec import Category
+from f2pad_jax.data.mvtec import Category, read_mask
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.fitting import fit
 from f2pad_jax.detectors.registry import DETECTORS
@@ -34,7 +34,7 @@ def load_or_fit(
         case: detector and category.
         category: files of the category.
         models: folder of all models.
-        request: size, seed, inpainter, and whether the detector is tuned.
+        request: sizes, seed, inpainter, and whether the detector is tuned.
         weights: weight file of the backbone; default: the installed one.
         progress: function that receives stage, number done and total.
 
@@ -55,7 +55,10 @@ def load_or_fit(
     backbone = load_to_depth(case.backbone, method.default_layers(find_network(case.backbone), len(paths)), weights)
     images = (read_image(path) for path in paths)
     options: dict[str, Any] = {
-        "size": tuple(request["size"]),
+        "size": tuple(size) if isinstance(size := request["size"], list) else size,
+        "smallest_defect": request["smallest_defect"],
+        "ignore": None if request["ignore"] is None else read_mask(request["ignore"]),
+        "border": request["border"],
         "resume": model.with_suffix(".partial"),
         "seed": request["seed"],
         "progress": progress,
@@ -69,6 +72,7 @@ def load_or_fit(
         "fit_seconds": round(time.perf_counter() - start, 1),
         "training_images": len(paths),
         "layers": list(detector.backbone.layers),
+        "detector_size": list(detector.size),
         "threshold": float(detector.calibrated.threshold),
         "pixel_components": detector.calibrated.prior.num_components,
         "tuning": [trial._asdict() for trial in trials],
@@ -79,7 +83,7 @@ def load_or_fit(
 
 def _stem(case: Case, paths: list[Path], request: dict[str, Any]) -> str:
     """Returns the name of a model without its suffix; it ends in a checksum of everything that the fit depends on."""
-    parts = [request["size"], request["seed"], request["tune"]]
+    parts = [request[key] for key in ("size", "smallest_defect", "ignore", "border", "seed", "tune")]
     if request["tune"]:
         parts += [request["inpainter"], recipe()]
     checksum = hashlib.sha256(json.dumps(parts).encode())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.data.mvtec import Sample
@@ -77,7 +77,14 @@ def stored_variants(folder: Path, sample: Sample) -> list[str]:
         return _variants(arrays.files)
 
 
-def save_image(result: Refined, sample: Sample, folder: Path, variant: str, seconds: float) -> None:
+def save_image(
+    result: Refined,
+    sample: Sample,
+    folder: Path,
+    variant: str,
+    seconds: float,
+    ignored: Bool[Array | np.ndarray, "h w"] | None = None,
+) -> None:
     """Writes the results of one variant for an image, beside the results of the other variants.
 
     Args:
@@ -86,6 +93,7 @@ def save_image(result: Refined, sample: Sample, folder: Path, variant: str, seco
         folder: folder of the case.
         variant: :data:`~f2pad_jax.evaluation.cases.FULL` or an ablation.
         seconds: time since the end of the previous image.
+        ignored: pixels that do not count, and belong to no ground truth.
     """
     path, arrays = _file(folder, sample.name), {}
     if path.exists():
@@ -94,7 +102,7 @@ def save_image(result: Refined, sample: Sample, folder: Path, variant: str, seco
     if variant == FULL or not arrays:
         arrays |= {
             "image": np.rint((result.normal + result.anomaly) * 255).astype(np.uint8),
-            "truth": sample.truth((result.mask.shape[0], result.mask.shape[1])),
+            "truth": sample.truth((result.mask.shape[0], result.mask.shape[1])) & (ignored is None or ~np.asarray(ignored)),
             "coarse_map": result.coarse_map,
             "coarse_mask": result.coarse_mask,
             "region": result.region,

@@ -40,6 +40,8 @@ from f2pad_jax.refinement import refine_many
 
 COUNT = 54
 """Default number of synthetic defects in each category (paper: 54)."""
+SIDE = 224
+"""Default side of images with synthetic defects, pixels (paper: 224)."""
 
 
 def evaluate(
@@ -57,7 +59,10 @@ def evaluate(
     tune: bool = False,
     curves: int = 0,
     half: str | None = None,
-    size: tuple[int, int] = (224, 224),
+    size: tuple[int, int] | int | None = None,
+    smallest_defect: float | int | None = None,
+    ignore: str | Path | None = None,
+    border: int = 0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
@@ -80,7 +85,11 @@ def evaluate(
         curves: number of defective images in each case whose objective is kept for the report, step by step.
         half: half of each test folder, ``"development"`` or ``"report"``; default: the whole folder. Constants are chosen
             on the first half (:func:`~f2pad_jax.data.mvtec.half_of`).
-        size: height and width that images are resized to.
+        size: size that images are resized to, as for :func:`f2pad_jax.fit`. Synthetic defects are made at this size: a
+            square if one number is given, and 224x224 by default, as in the paper.
+        smallest_defect: width of the smallest defect, as for ``fit``.
+        ignore: picture of the pixels that do not count, white; they belong to no ground truth.
+        border: width of a frame that does not count, pixels of the images.
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
 
@@ -105,7 +114,10 @@ def evaluate(
     if str(root) == TEXTURES and not root.exists():
         root = write_textures(out / "data" / TEXTURES)
     constants = {
-        "size": list(size),
+        "size": list(size) if isinstance(size, tuple) else size,
+        "smallest_defect": smallest_defect,
+        "ignore": None if ignore is None else str(ignore),
+        "border": border,
         "seed": seed,
         "tune": tune,
         "half": half,
@@ -113,10 +125,11 @@ def evaluate(
         "settings": Settings().described(),
     }
     extent = _Extent(ablations, images, curves)
+    synthetic_size = size if isinstance(size, tuple) else (size or SIDE, size or SIDE)
     for protocol in protocols:
         data = root if protocol == REAL else out / "data" / protocol
         if protocol != REAL:
-            generate_defects(root, data, protocol, categories, images or COUNT, size, seed, progress)
+            generate_defects(root, data, protocol, categories, images or COUNT, synthetic_size, seed, progress)
         for category in open_categories(data, names=list(categories) if categories else None):
             if half:
                 category = category._replace(test=half_of(category.test, half))
@@ -254,7 +267,7 @@ def _refine(
     results = refine_many(detector, images, settings=settings, inpaint=inpaint)
     for sample, result in zip(samples, results, strict=True):
         seconds = time.perf_counter() - start - (compile_seconds() - compile_start)
-        save_image(result, sample, folder, variant, max(seconds, 0.0))
+        save_image(result, sample, folder, variant, max(seconds, 0.0), detector.calibrated.ignored)
         yield sample
         start, compile_start = time.perf_counter(), compile_seconds()
 

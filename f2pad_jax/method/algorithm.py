@@ -25,6 +25,9 @@ from f2pad_jax.objective.problem import Problem
 from f2pad_jax.solvers.loop import Iterate, Outcome, begin, finish
 from f2pad_jax.solvers.loop import advance as advance_loop
 
+MOST = 0.5
+"""Share of the image above which the outcome says that the mask covers the image."""
+
 
 class Refined(eqx.Module):
     """Result for one image, at its own size. A batch adds a leading axis; ``refine_many`` yields NumPy arrays."""
@@ -45,6 +48,9 @@ class Refined(eqx.Module):
     """Score of the image, in units of the limit: the image is defective if the score exceeds 1."""
     p_value: Float[Array | np.ndarray, "*b"]
     """Probability that a normal image has this score or a higher one; NaN without ``Calibration.normality``."""
+    unlike: Bool[Array | np.ndarray, "*b"]
+    """Whether the image is unlike the normal images as a whole: another batch, other light, a dirty lens. The defect is
+    then sought in comparison with the image itself."""
     sparsity: Float[Array | np.ndarray, "*b"]
     """Sparsity in force: ``Settings.sparsity`` times the factors of detector and tuning (:meth:`Settings.adapted`)."""
     steps: Int[Array | np.ndarray, "*b"]
@@ -186,14 +192,18 @@ def compose(
 ) -> Refined:
     """Returns the result for an image in 0..1, with map, mask and region of the coarse stage scaled to its size.
 
-    The mask of a defective image is never empty: if the solution leaves no anomaly, the mask is m0.
+    The mask of a defective image is never empty: if the solution leaves no anomaly, the mask is m0. The outcome tells if
+    the mask has more than :data:`MOST` of the image.
     """
     size = size_of(image)
-    normal = jnp.where(solved.mask[..., None], jnp.clip(denormalise(solved.n), 0.0, 1.0), image)
+    found = solved.mask if coarse.ignored is None else solved.mask & ~scaled_mask(coarse.ignored, size)
+    normal = jnp.where(found[..., None], jnp.clip(denormalise(solved.n), 0.0, 1.0), image)
     m0 = scaled_mask(coarse.mask, size)
-    lost = ~jnp.any(solved.mask) & jnp.any(m0)
+    lost = ~jnp.any(found) & jnp.any(m0)
+    mask = found | (lost & m0)
+    outcome = jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome)
     return Refined(
-        mask=solved.mask | (lost & m0),
+        mask=mask,
         normal=normal,
         anomaly=image - normal,
         coarse_map=scaled(coarse.anomaly_map, size),
@@ -201,16 +211,23 @@ def compose(
         region=scaled_mask(coarse.region, size),
         score=coarse.score,
         p_value=coarse.p_value,
+        unlike=coarse.unlike,
         sparsity=jnp.asarray(settings.adapted(detector).sparsity, jnp.float32),
         steps=solved.steps,
         objective=solved.objective,
-        outcome=jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome),
+        outcome=jnp.where(jnp.mean(mask) > MOST, int(Outcome.COVERS_IMAGE), outcome),
     )
 
 
-def decompose(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings, inpaint: Inpainter) -> Refined:
-    """Runs Algorithm 1 on a whole image in 0..1, as one traceable function."""
-    coarse = look(detector, image, settings)
+def decompose(
+    detector: AbstractDetector,
+    image: Float[Array, "h w 3"],
+    settings: Settings,
+    inpaint: Inpainter,
+    ignored: Bool[Array, "h w"] | None = None,
+) -> Refined:
+    """Runs Algorithm 1 on a whole image in 0..1, as one traceable function; ``ignored`` pixels do not count."""
+    coarse = look(detector, image, settings, ignored)
     blank = untouched(image, coarse)
     covered = blank.outcome == Outcome.COVERS_IMAGE
     window = Window.around(detector, image, coarse, coarse.region & ~covered)

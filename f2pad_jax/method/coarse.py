@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.detectors.base import AbstractDetector, counted
 from f2pad_jax.images._morphology import dilate, filled, reached
+from f2pad_jax.images._views import scaled_mask
 from f2pad_jax.images.pixels import Scalar, normalise, resized
 from f2pad_jax.method.settings import Settings
 
@@ -30,19 +31,31 @@ class Coarse(eqx.Module):
     """Score of the image; the image is defective if it exceeds 1."""
     p_value: Float[Array, ""]
     """Probability that a normal image has this score or a higher one."""
+    unlike: Bool[Array, ""]
+    """Whether the image is unlike the normal images as a whole: the ordinary level of its map is higher."""
+    ignored: Bool[Array, "h w"] | None = None
+    """Pixels that do not count; None: all count."""
 
 
 @jax.jit
-def look(detector: AbstractDetector, image: Float[Array, "h w 3"], settings: Settings) -> Coarse:
-    """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1."""
+def look(
+    detector: AbstractDetector,
+    image: Float[Array, "h w 3"],
+    settings: Settings,
+    ignored: Bool[Array, "_H _W"] | None = None,
+) -> Coarse:
+    """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1; ``ignored`` pixels do not count."""
     x = normalise(resized(image, detector.size))
-    anomaly_map = detector.anomaly_map(x)
-    excess = detector.excess(anomaly_map)
-    threshold = jnp.minimum(detector.excess(anomaly_map, detector.calibrated.threshold), 1)
+    masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
+    ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size) for m in masks]), axis=0) if masks else None
+    anomaly_map = counted(detector.anomaly_map(x), ignored)
+    excess, threshold = detector.excess(anomaly_map)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)
     region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation)
-    m0, region = (mask & (score > 1) for mask in (detector.coarse_mask(anomaly_map), region))
-    return Coarse(x, anomaly_map, excess, threshold, m0, region, score, p_value)
+    may_change = (score > 1) & (True if ignored is None else ~ignored)
+    m0, region = (mask & may_change for mask in (detector.coarse_mask(anomaly_map), region))
+    unlike = detector.lift(anomaly_map) > 0
+    return Coarse(x, anomaly_map, excess, threshold, m0, region, score, p_value, unlike, ignored)
 
 
 def suspect_region(excess: Float[Array, "h w"], threshold: Scalar, hysteresis: Scalar, dilation: int) -> Bool[Array, "h w"]:

@@ -176,25 +176,30 @@ class Device(Worker):
         """Number of parts that are not done."""
         return sum(bucket.load for bucket in self.buckets.values())
 
-    def take(self, number: int, image: Any) -> list[tuple[int, Refined]]:
+    def take(self, number: int, image: tuple[Any, Any]) -> list[tuple[int, Refined]]:
         """Runs the coarse stage on an image and queues its parts; returns the result if there is nothing to solve.
+
+        ``image`` is a pair: the image, and the mask of its pixels that do not count, or None.
 
         Raises:
             ImageError: the image has a wrong shape, dtype or range.
         """
         with jax.default_device(self.device):
-            s, image = self.setup, programs.on_device(self.device, to_unit(image))
-            if image.ndim != 3:
-                raise ImageError(f"an image of the stream has shape {image.shape}; give images one at a time")
-            coarse = s.call(programs.look, s.detector, image, s.settings)
-            job = Job(number, image, coarse, untouched(image, coarse))
-            region, full = np.asarray(coarse.region), size_of(image)
+            s, ignored = self.setup, None if image[1] is None else jnp.asarray(image[1], bool)
+            unit, ignored = programs.on_device(self.device, (to_unit(image[0]), ignored))
+            if unit.ndim != 3:
+                raise ImageError(f"an image of the stream has shape {unit.shape}; give images one at a time")
+            if ignored is not None and ignored.shape != unit.shape[:2]:
+                raise ImageError(f"the mask of ignored pixels has shape {ignored.shape}, its image {unit.shape[:2]}")
+            coarse = s.call(programs.look, s.detector, unit, s.settings, ignored)
+            job = Job(number, unit, coarse, untouched(unit, coarse))
+            region, full = np.asarray(coarse.region), size_of(unit)
             if not region.any() or region.all():
                 return self._results([job])
             sizes = tiling.WINDOWS if s.windows and s.detector.local else ()
             for part, size in tiling.divided(region, s.settings.margin, s.detector.stride, sizes):
                 crop = tiling.crop_size(part, size, full, s.settings.margin if s.windows else None)
-                window = s.call(programs.around, s.detector, image, coarse, jnp.asarray(part), size, crop)
+                window = s.call(programs.around, s.detector, unit, coarse, jnp.asarray(part), size, crop)
                 self.buckets.setdefault((size, crop, full), Bucket(s)).queue.append(Part(job, window))
                 job.num_unfinished += 1
             return []
