@@ -49,7 +49,7 @@ def main() -> None:
         found: dict[str, list] = {}
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
-            detector = f2pad_jax.fit(PatchCore, train, backbone)
+            detector = f2pad_jax.fit(PatchCore, train, backbone, size=(224, 224))
             columns: dict[str, list] = {}
             for name, changes in VARIANTS.items():
                 for image, truth in defects:

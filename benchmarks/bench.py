@@ -185,7 +185,7 @@ def fit_detector(
         backbone = load_backbone(name, layers=tuple(layers), weights=weights)
     else:
         backbone = load_to_depth(name, kind.default_layers(find_network(name), len(work.train)), weights)
-    return fit(kind, work.train, backbone, progress=progress)
+    return fit(kind, work.train, backbone, size=(224, 224), progress=progress)
 
 
 def seconds_of(function: Callable, *inputs: Any, turns: int = 3) -> float:

@@ -57,7 +57,7 @@ def run(folder: Path, method: str, network: str, shots: int, weights: str | None
             shown = stage.split(",")[0]
             print(f"  {time.perf_counter() - began:6.0f} s  {stage} {done}/{total}", flush=True)
 
-    detector = f2pad_jax.fit(cls, train, backbone, resume=out.with_suffix(".partial"), progress=progress)
+    detector = f2pad_jax.fit(cls, train, backbone, size=(224, 224), resume=out.with_suffix(".partial"), progress=progress)
     seconds = time.perf_counter() - began
     f2pad_jax.save_detector(out.with_suffix(".model"), detector)
     images = [normalise(resized(to_unit(image), SIZE)) for image in test]

@@ -189,7 +189,7 @@ def main() -> None:
         rows: dict[str, list] = {way: [] for way in (*ways, EAGER)}
         for folder in arguments.folders:
             train, defects = cut_paste(folder, arguments.images)
-            detector = f2pad_jax.fit(DETECTORS[method], train, backbone)
+            detector = f2pad_jax.fit(DETECTORS[method], train, backbone, size=(224, 224))
             images = [defect.image for defect in defects]  # as many lanes on a GPU, no more
             list(f2pad_jax.refine_many(detector, images, settings=settings))  # compiles
             for way, own in ways.items():

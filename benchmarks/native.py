@@ -39,7 +39,7 @@ def main() -> None:
     else:
         backbone = load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
         normal = [read_image(path) for path, _ in list_images([arguments.small / "train" / "good"])]
-        detector = f2pad_jax.fit(PatchCore, normal, backbone)
+        detector = f2pad_jax.fit(PatchCore, normal, backbone, size=(224, 224))
     rows = []
     for path, relative in list_images([arguments.large / "test"])[: arguments.images]:
         image = np.asarray(to_unit(read_image(path)))

@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     backbone = load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
     train, defects = cut_paste(arguments.folder, 8)
-    detector = f2pad_jax.fit(PatchCore, train, backbone)
+    detector = f2pad_jax.fit(PatchCore, train, backbone, size=(224, 224))
     image, truth = defects[arguments.image]
     paper = Settings.paper().solver.without_stopping()
     solvers = {"with sharing": paper, "without": dataclasses.replace(paper, sharing=None)}

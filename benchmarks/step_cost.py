@@ -99,7 +99,7 @@ def main() -> None:
     for network, layers, weights in networks:
         backbone = load_backbone(network, layers=layers, weights=weights)
         for method in methods:
-            detector = f2pad_jax.fit(method, train, backbone)
+            detector = f2pad_jax.fit(method, train, backbone, size=(224, 224))
             whole = normalise(resized(to_unit(train[0]), detector.size))
             for side in (128, 224):
                 start = posed(detector, whole, side)

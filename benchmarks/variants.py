@@ -50,7 +50,7 @@ def main() -> None:
     stops: dict[str, list] = {name: [] for name in SOLVERS}
     for folder in arguments.folders:
         train, defects = cut_paste(folder, arguments.images)
-        detector = f2pad_jax.fit(PatchCore, train, backbone)
+        detector = f2pad_jax.fit(PatchCore, train, backbone, size=(224, 224))
         for name, (solver, steps_per_check) in SOLVERS.items():
             steps = arguments.steps if "paper" in name else arguments.steps // 2
             own = Settings(solver=solver, decision=Residual(), max_steps=steps, steps_per_check=steps_per_check)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from f2pad_jax import Settings, fit
 from f2pad_jax.backbones import find_network
+from f2pad_jax.commands.fit import grouped
 from f2pad_jax.data import open_categories
 from f2pad_jax.data.mvtec import HALVES, half_of
 from f2pad_jax.detectors import DETECTORS
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, default=HALVES[0])
     parser.add_argument("--normals", type=int, nargs="+", help="numbers of training images (default: all)")
     parser.add_argument("--sizes", nargs="+", default=["auto"], help="auto, or sides of squares with as many pixels")
+    parser.add_argument("--groups", help="pattern of the groups of normal images, as for 'f2pad fit'")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     method, p_values, curves = DETECTORS[arguments.method], {}, {}
@@ -66,6 +68,8 @@ def main() -> None:
             backbone = load_to_depth(arguments.backbone, layers, arguments.weights)
             start = time.perf_counter()
             options = {} if size == "auto" else {"size": int(size)}
+            if arguments.groups:
+                options["groups"] = grouped([category.train[i] for i in chosen], arguments.groups)
             detector = fit(method, (read_image(category.train[i]) for i in chosen), backbone, **options)
             seconds = time.perf_counter() - start
             images = [normalise(resized(to_unit(read_image(sample.path)), detector.size)) for sample in samples]

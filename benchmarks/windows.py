@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     backbone = load_backbone("resnet18", layers=("layer1", "layer2", "layer3"), weights=arguments.weights)
     train, defects = cut_paste(arguments.folder, arguments.images if "images" in arguments.parts else 0)
-    detector = f2pad_jax.fit(PatchCore, train, backbone)
+    detector = f2pad_jax.fit(PatchCore, train, backbone, size=(224, 224))
     rows = []
     for image, truth in defects:
         row = []

@@ -31,6 +31,7 @@ MAX_LANES = 64
 """Largest number of lanes in a bucket, unless ``lanes`` is given. A lane solves one part of an image at a time."""
 LANES = 16
 """Number of images that ``refine`` solves side by side on an accelerator, unless ``lanes`` is given."""
+_NO_MORE = object()
 AHEAD = 4
 """Number of images in memory per lane. Buckets then stay full while a finished result waits for the earlier ones."""
 
@@ -164,19 +165,26 @@ def refine_many(
         workers = [functools.partial(worker, jax.config.values["jax_default_device"], Calls())] * num_threads
     lanes_each = lanes or (1 if one_lane else max_lanes)
     one_mask = ignore is None or (isinstance(ignore, (np.ndarray, jax.Array)) and ignore.ndim == 2)
-    masks: Iterable[Any] = itertools.repeat(ignore) if ignore is None or one_mask else ignore
 
     def read(item: tuple[Any, Any]) -> tuple[Any, Any]:
         image, mask = item
         return read_image(image) if isinstance(image, (str, Path)) else image, mask
 
     yield from stream(
-        zip(source, masks, strict=not one_mask),
+        ((item, ignore) for item in source) if one_mask else _paired(source, ignore),
         workers,
         read=read,
         most_ahead=AHEAD * lanes_each * len(workers),
         one_at_a_time=lanes_each == 1,  # a busy core with one lane leaves the next image to another core
     )
+
+
+def _paired(source: Iterable[Any], masks: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields each image with its mask of ignored pixels."""
+    for item, mask in itertools.zip_longest(source, masks, fillvalue=_NO_MORE):
+        if item is _NO_MORE or mask is _NO_MORE:
+            raise OptionError("there are not as many masks of ignored pixels as images")
+        yield item, mask
 
 
 def _check(lanes: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -213,8 +214,15 @@ def synthetic_defects(images: NormalImages, others: NormalImages, count: int, se
     is_object = shows_objects(image(i) for i in normal[:8])
     sources = Sources("", image, range(len(images)), normal, (), [], is_object)
     protocols = list(PROTOCOLS.values())
-    examples = [protocols[k % 2](rng, sources, k % len(images), k // 2).example for k in range(count)]
-    return [Defective(np.rint(image * 255).astype(np.float32) / 255, mask) for image, mask in examples]
+    counts = np.ones(images.size, bool) if images.ignored is None else ~images.ignored
+    examples: list[Defective] = []
+    for k in itertools.count():
+        pixels, mask = protocols[k % 2](rng, sources, k % len(images), k // 2).example
+        if (mask & counts).any():
+            examples.append(Defective(np.rint(pixels * 255).astype(np.float32) / 255, mask & counts))
+        if len(examples) == count:
+            return examples
+    raise AssertionError
 
 
 def trials_table(trials: list[Trial]) -> str:

@@ -54,7 +54,9 @@ def small(shallow_backbone, monkeypatch):
 
     def fit(method, images, backbone, **options):
         backbone = shallow_backbone if isinstance(backbone, str) else backbone
-        return f2pad_jax.detectors.fit(method, images, backbone, **options | {"size": (SIZE, SIZE)})
+        return f2pad_jax.detectors.fit(
+            method, images, backbone, **options | {"size": (SIZE, SIZE), "smallest_defect": None}
+        )
 
     monkeypatch.setattr(f2pad_jax, "fit", fit)
     monkeypatch.setattr(f2pad_jax.data, "load_texture", load)

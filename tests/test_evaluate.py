@@ -220,7 +220,9 @@ def interrupt(stage, done, total):
 
 
 def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkeypatch):
-    another = pytest.raises(RunError, match="holds a run with another size, seed, tuning, half, inpainter or settings")
+    another = pytest.raises(
+        RunError, match="holds a run with another size, seed, tuning, half, inpainter, settings or ignored pixels"
+    )
     with another:
         evaluate(root, out, protocols=["real"], size=SIZE, seed=1)
     monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(relative_floor=0.1)))

@@ -141,8 +141,8 @@ def test_a_method_that_refits_is_fitted_to_each_four_parts_and_to_all(blocks, te
     refitted = fit(Refitted, texture.train, stage4, seed=3, progress=lambda *what: told.append(what), **QUICK)
     np.testing.assert_array_equal(refitted.seen, deep(texture.train))
     assert [what for what in told if what[0].endswith("blocks")] == [
-        *((f"fold {k} of 5: blocks", i, 8) for k in range(1, 6) for i in range(9)),
         *(("blocks", i, 10) for i in range(11)),
+        *((f"fold {k} of 5: blocks", i, 8) for k in range(1, 6) for i in range(9)),
     ]
     np.testing.assert_array_equal(refitted.calibration.scale, blocks.calibration.scale)
     assert len(refitted.calibration.normality.scores) == 10

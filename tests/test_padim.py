@@ -9,8 +9,9 @@ import scipy.ndimage
 from conftest import calibration, check_map_of_batches, maps_of, smooth_image
 from sklearn.covariance import EmpiricalCovariance
 
+from f2pad_jax import fit
 from f2pad_jax.detectors import NormalImages, PaDiM, padim
-from f2pad_jax.detectors.padim import Full, LowRank, quadratic
+from f2pad_jax.detectors.padim import REGULARISER, Full, LeftOut, LowRank, quadratic
 from f2pad_jax.errors import OptionError
 
 SIZE, SIDE = 64, 16
@@ -333,3 +334,33 @@ def test_anomaly_map_is_the_smoothed_root_of_the_scores(detector, test_image):
 def test_anomaly_map_does_not_depend_on_the_other_images_of_a_batch(detector, normals, test_image):
     alone = np.asarray(anomaly_map(detector, test_image))
     check_map_of_batches(detector, alone, test_image, normals)
+
+
+@pytest.mark.parametrize(("count", "channels"), [(8, 3), (12, 6), (40, 30), (160, 100)])
+def test_a_training_image_is_scored_as_if_it_had_been_left_out(count, channels):
+    """The formula against a fit without each vector."""
+    vectors = np.random.default_rng(count).standard_normal((count, channels)) * np.linspace(0.3, 3, channels)
+
+    def fitted_to(rows):
+        covariance = np.atleast_2d(np.cov(rows.T)) + REGULARISER * np.eye(channels)
+        return rows.mean(axis=0), Full(jnp.asarray(Full.of(covariance[None])[0])[None])
+
+    mean, full = fitted_to(vectors)
+    found = [float(LeftOut(full, count)(jnp.asarray(v - mean, jnp.float32)[None, None])[0, 0]) for v in vectors]
+    expected, whole = [], []
+    for i, vector in enumerate(vectors):
+        others, precision = fitted_to(np.delete(vectors, i, axis=0))
+        expected.append(float(precision(jnp.asarray(vector - others, jnp.float32)[None, None])[0, 0]))
+        whole.append(float(full(jnp.asarray(vector - mean, jnp.float32)[None, None])[0, 0]))
+    np.testing.assert_allclose(found, expected, rtol=0.02 if count > 8 else 0.05)
+    assert np.mean(whole) < 0.9 * np.mean(expected), "the whole fit has seen the image"
+
+
+def test_a_fit_of_full_covariances_needs_no_folds(shallow):
+    stages = []
+    options = {"num_channels": 8, "num_components": 1, "size": (SIZE, SIZE)}
+    images = [smooth_image(seed) for seed in range(NUM_IMAGES)]
+    fit(PaDiM, images, shallow, progress=lambda stage, done, total: stages.append(stage), **options)
+    assert "covariances" in stages and not any("fold" in stage for stage in stages)
+    fit(PaDiM, images, shallow, progress=lambda stage, done, total: stages.append(stage), rank=2, **options)
+    assert any("fold 2" in stage for stage in stages)

@@ -380,10 +380,10 @@ def test_each_image_has_its_own_ignored_pixels(detector, texture):
     masks[1][:8, :8] = False
     first, second = refine_many(detector, images, ignore=masks, settings=Settings(max_steps=10, restore_steps=0))
     assert first.mask.any() and not second.mask.any()
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(OptionError, match="as many masks"):
         list(refine_many(detector, images, ignore=masks[:1], settings=Settings(max_steps=10)))
-    with pytest.raises(ImageError, match="mask of ignored pixels has shape"):
-        list(refine_many(detector, images, ignore=np.zeros((3, 4), bool)))
+    (none,) = refine_many(detector, images[:1], ignore=np.ones((8, 8), bool))
+    assert not none.defective and np.isfinite(none.score) and none.outcome == Outcome.NOTHING_TO_REFINE
 
 
 def test_a_mask_of_most_of_the_image_is_said(detector, texture):

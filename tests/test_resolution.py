@@ -1,16 +1,19 @@
 """The size at which a detector sees the images."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import smooth_image
 
 from f2pad_jax import fit
+from f2pad_jax.backbones.backbone import in_tiles
 from f2pad_jax.commands import main
-from f2pad_jax.detectors import NormalImages, PatchCore, load_detector
-from f2pad_jax.detectors.base import counted
+from f2pad_jax.detectors import NormalImages, PatchCore, base, load_detector
+from f2pad_jax.detectors.base import counted, extract
 from f2pad_jax.detectors.calibration import faint_defects, sampled_pixels
 from f2pad_jax.detectors.resolution import LARGEST, PEEKED, SEEN, detector_size, ignored_pixels, peeked
 from f2pad_jax.errors import OptionError
@@ -128,3 +131,25 @@ def test_ignored_pixels_are_no_part_of_the_calibration(shallow_backbone):
         assert (defective[4:20, 4:20] == normals.stored[k % 6][4:20, 4:20]).all()
     found = fit(PatchCore, images, shallow_backbone, size=(64, 64), num_components=1, ignore=mask).calibrated
     np.testing.assert_array_equal(found.ignored, mask)
+
+
+@pytest.mark.parametrize("size", [(320, 192), (64, 512), (208, 208)])
+def test_maps_of_a_large_image_have_no_seams(shallow_backbone, size):
+    """Tile by tile or at once: equal maps at every position, also at the seams and beside the border."""
+    image = np.random.default_rng(0).standard_normal((*size, 3)).astype(np.float32)
+    whole = jax.jit(lambda x: shallow_backbone(x))(image)
+    tiles = jax.jit(lambda x: in_tiles(shallow_backbone, x, tile=96, margin=64))(image)
+    for one, other in zip(whole, tiles, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * float(jnp.abs(one).max()))
+    narrow = jax.jit(lambda x: in_tiles(shallow_backbone, x, tile=96, margin=0))(image)
+    assert any(np.abs(a - b).max() > 1e-2 * float(jnp.abs(b).max()) for a, b in zip(narrow, whole, strict=True))
+
+
+def test_a_large_image_is_seen_tile_by_tile(shallow_backbone, monkeypatch):
+    image = jnp.asarray(smooth_image(0, 128))
+    whole = extract(shallow_backbone, image)
+    monkeypatch.setattr(base, "LARGE", 64 * 64)
+    monkeypatch.setattr(base, "in_tiles", functools.partial(in_tiles, tile=64, margin=64))
+    for one, other in zip(extract(shallow_backbone, image), whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()))

@@ -90,6 +90,42 @@ class Backbone(eqx.Module):
         return max(self.strides)
 
 
+def in_tiles(
+    backbone: Backbone, image: Float[Array, "h w 3"], *, tile: int = 768, margin: int = 288
+) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
+    """Returns the feature maps of a large image, computed tile by tile in the memory of one tile.
+
+    Each tile is seen with a margin of the image around it. The default margin covers half the receptive field of the
+    default layers of ResNets and EfficientNet-Lite0, and no seam remains. In deeper networks, the rim of the receptive
+    field has hardly any weight. Sides are multiples of the stride.
+
+    Args:
+        backbone: network whose receptive fields are bounded (:attr:`Backbone.local`).
+        image: image in network units.
+        tile: side of a tile, pixels.
+        margin: width of the margin, pixels.
+    """
+    sides = image.shape[:2]
+    core = [min(tile, side) for side in sides]
+    window = [min(tile + 2 * margin, side) for side in sides]
+    starts = [[min(start, side - size) for start in range(0, side, size)] for side, size in zip(sides, core, strict=True)]
+    corners = jnp.asarray([(y, x) for y in starts[0] for x in starts[1]])
+    shapes = jax.eval_shape(backbone, image)
+
+    def add(maps: tuple[Array, ...], corner: Array) -> tuple[tuple[Array, ...], None]:
+        first = jnp.clip(corner - margin, 0, jnp.asarray(sides) - jnp.asarray(window))
+        seen = backbone(jax.lax.dynamic_slice(image, (*first, 0), (*window, 3)))
+        done = []
+        for stride, values, whole in zip(backbone.strides, seen, maps, strict=True):
+            size = (core[0] // stride, core[1] // stride, values.shape[2])
+            part = jax.lax.dynamic_slice(values, (*((corner - first) // stride), 0), size)
+            done.append(jax.lax.dynamic_update_slice(whole, part, (*(corner // stride), 0)))
+        return tuple(done), None
+
+    # without the checkpoint, a gradient would keep the activations of all tiles
+    return jax.lax.scan(jax.checkpoint(add), tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), corners)[0]
+
+
 def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: str | Path | None = None) -> Backbone:
     """Loads a network with its ImageNet weights, built up to its deepest tapped layer.
 

@@ -65,8 +65,8 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the size that images are resized to."""
     group = parser.add_mutually_exclusive_group()
     text = (
-        "size that images are resized to: 'auto' (the images' own size, at most the pixels of 448x448), the side of a "
-        "square with as many pixels, or HEIGHTxWIDTH; the first two keep the aspect ratio (default: auto)"
+        "size that images are resized to: 'auto' (the images' own size, at most as many pixels as 448x448), a number N "
+        "(as many pixels as NxN), or HEIGHTxWIDTH; the first two keep the aspect ratio (default: auto)"
     )
     group.add_argument("--size", type=_size, metavar="auto|N|HxW", help=text)
     text = "width of the smallest defect to be found, pixels of the images; it chooses the size"

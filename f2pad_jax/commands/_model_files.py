@@ -8,7 +8,8 @@ import numpy as np
 
 from f2pad_jax.commands._console import make_folder
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.detectors.normality import PRIOR_EXCESS, certified_rate
+from f2pad_jax.detectors.normality import certified_rate
+from f2pad_jax.detectors.patchcore import PatchCore
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.evaluation._charts import histogram, standalone
 from f2pad_jax.images import metrics
@@ -60,10 +61,9 @@ def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
         auroc = metrics.auroc(np.concatenate([scores, defects])[:, None, None], truth[:, None, None])
         text += f"\nfinds {np.sum(defects > limit)} of {len(defects)} synthetic defects (image AUROC {auroc:.2f})"
         if auroc < SUITS:
-            text += (
-                "\nwarning: the detector hardly tells synthetic defects from normal images; PaDiM needs parts in one "
-                "position (try --method patchcore), and small defects need a larger --size"
-            )
+            advice = "" if isinstance(detector, PatchCore) else ", and parts in changing positions --method patchcore"
+            text += "\nwarning: the detector hardly tells synthetic defects from normal images; "
+            text += f"small defects need a larger --size{advice}"
     return text
 
 
@@ -71,10 +71,9 @@ def score_chart(detector: AbstractDetector, false_alarms: float) -> bytes:
     """Draws the scores of normal images and synthetic defects in units of the limit, as SVG."""
     normality = detector.calibrated.normality
     assert normality is not None
-    limit = max(float(normality.limit(false_alarms)), PRIOR_EXCESS)
     kinds = {"normal images": normality.scores, "synthetic defects": normality.defects}
-    values = {name: (np.maximum(np.asarray(scores), 0) / limit).tolist() for name, scores in kinds.items() if len(scores)}
-    return standalone(histogram("image scores; above 1: defective", values, limit=1.0))
+    values = {name: np.asarray(detector.in_units(scores, false_alarms)).tolist() for name, scores in kinds.items()}
+    return standalone(histogram("image scores; above 1: defective", values))
 
 
 def described(detector: AbstractDetector, num_images: int) -> str:

@@ -1,5 +1,6 @@
 """Files of ``f2pad refine``. Each result is written as soon as it is done, so a stopped run continues where it stopped."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,13 +113,14 @@ def worker(
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
         settings = Settings(false_alarms=false_alarms)
-        masks = None if ignore is None else [_ignored(ignore, path, name) for path, name in tasks]
+        masks = None if ignore is None else (ignored_pixels(ignore, name) for _, name in tasks)
         options = {"settings": settings, "inpaint": inpaint, "lanes": lanes}
         results = refine_many(detector, [path for path, _ in tasks], ignore=masks, **options)
         for (path, name), result in zip(tasks, results, strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
-                past = trace(detector, read_image(path), settings=settings, inpaint=inpaint)
+                mask = None if ignore is None else ignored_pixels(ignore, name)
+                past = trace(detector, read_image(path), settings=settings, inpaint=inpaint, ignore=mask)
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
@@ -127,13 +129,23 @@ def worker(
     return work
 
 
-def _ignored(ignore: Path, path: Path | str, name: str) -> Bool[np.ndarray, "h w"] | None:
-    """Returns the pixels of an image that do not count, at the image's size; None if the folder has no picture for it."""
+def ignored_pixels(ignore: Path, name: str) -> Bool[np.ndarray, "h w"] | None:
+    """Reads the pixels of an image that do not count; None if the folder has no picture with its name.
+
+    Args:
+        ignore: picture for all images, or folder with a picture for each.
+        name: name of the image's results.
+    """
     file = ignore / f"{name}.png" if ignore.is_dir() else ignore
-    if ignore.is_dir() and not file.exists():
+    return None if ignore.is_dir() and not file.exists() else read_mask(file)
+
+
+def checksum_of(ignore: Path | None) -> str | None:
+    """Returns a checksum of the pictures of ignored pixels, in hexadecimal; None without pictures."""
+    if ignore is None:
         return None
-    image = read_image(path)
-    return read_mask(file, size=(image.shape[0], image.shape[1]))
+    files = sorted(ignore.rglob("*.png")) if ignore.is_dir() else [ignore]
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
 
 
 def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path) -> Record:

@@ -17,7 +17,7 @@ from f2pad_jax.commands._console import (
     use_compilation_cache,
 )
 from f2pad_jax.commands._ray import ray_workers
-from f2pad_jax.commands._refine_files import refine_files, worker
+from f2pad_jax.commands._refine_files import checksum_of, refine_files, worker
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError
 from f2pad_jax.images.files import check_images, is_address, list_images
@@ -80,6 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.history:
         figures()  # raises the error of a missing matplotlib before the first image, not after it
     inpaint, out = full_name(arguments.inpaint), arguments.out
+    ignore = arguments.ignore and arguments.ignore.absolute()
+    if ignore is not None and not ignore.exists():
+        raise ImageError(f"{ignore}: no such file or folder")
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     names = result_names([relative for _, relative in found])
@@ -92,14 +95,14 @@ def run(arguments: argparse.Namespace) -> None:
         "lanes": arguments.lanes,
         "history": arguments.history,
         "false_alarms": arguments.false_alarms,
-        "ignore": arguments.ignore,
+        "ignore": ignore,
     }
     if arguments.ray is None:
         work = worker(detector, out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
     recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
-    recipe["ignore"] = None if arguments.ignore is None else str(arguments.ignore)
+    recipe["ignore"] = checksum_of(ignore)
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8, UInt16
 
-from f2pad_jax.backbones.backbone import Backbone
+from f2pad_jax.backbones.backbone import Backbone, in_tiles
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.detectors.normality import PRIOR_EXCESS, Normality
 from f2pad_jax.detectors.prior import PixelPrior
@@ -20,6 +20,8 @@ from f2pad_jax.images._smoothing import smoothed
 from f2pad_jax.images.pixels import Scalar, denormalise, normalise, resized, to_unit
 from f2pad_jax.progress import Progress
 
+LARGE = 1024 * 1024
+"""Largest number of pixels of an image that the network sees at once; it sees a larger image in tiles."""
 Context = Any
 """Pytree of arrays that a detector needs to score one window: positions, candidates or statistics."""
 
@@ -157,6 +159,17 @@ class AbstractDetector(eqx.Module):
     def raw_scores(self, image: Float[Array, "h w 3"], context: Context) -> tuple[Float[Array, "_h_k _w_k"], ...]:
         """Returns a map of anomaly scores for each scored layer of a window, at least 0 and differentiable in ``image``."""
 
+    def left_out(self, num_images: int) -> "AbstractDetector | None":
+        """Returns the detector that scores each of its training images as if the image had been left out of the fit.
+
+        Default: None, and :func:`f2pad_jax.fit` fits the method to parts of the images instead.
+
+        Args:
+            num_images: number of images of the fit.
+        """
+        del num_images
+        return None
+
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Context:
         """Returns the context of a window whose top-left pixel is at ``corner`` of the whole image; default: None."""
         return None
@@ -224,8 +237,14 @@ class AbstractDetector(eqx.Module):
         if c.normality is None:
             return jnp.max(anomaly_map) / c.threshold, jnp.full((), jnp.nan)
         score = c.normality.score(anomaly_map)
-        limit = jnp.maximum(c.normality.limit(false_alarms), PRIOR_EXCESS)  # positive, whatever the scores are
-        return jnp.maximum(score, 0) / limit, c.normality.p_value(score)
+        return self.in_units(score, false_alarms), c.normality.p_value(score)
+
+    def in_units(self, scores: Float[Array, "*n"], false_alarms: Scalar) -> Float[Array, "*n"]:
+        """Returns scores of :class:`~f2pad_jax.detectors.Normality` in units of the limit, at least 0."""
+        normality = self.calibrated.normality
+        assert normality is not None
+        limit = jnp.maximum(normality.limit(false_alarms), PRIOR_EXCESS)  # positive, whatever the scores are
+        return jnp.maximum(scores, 0) / limit
 
     def excess(self, anomaly_map: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
         """Returns the map and the threshold relative to the level at the border of m0.
@@ -249,10 +268,14 @@ class AbstractDetector(eqx.Module):
 
 
 def counted(anomaly_map: Float[Array, "h w"], ignored: Bool[Array, "h w"] | None) -> Float[Array, "h w"]:
-    """Returns the map with its mean over the counted pixels in place of the ignored pixels."""
+    """Returns the map with its median over the counted pixels in place of the ignored pixels.
+
+    If all pixels are ignored, the map is its least value everywhere.
+    """
     if ignored is None:
         return anomaly_map
-    return jnp.where(ignored, jnp.mean(anomaly_map, where=~ignored), anomaly_map)
+    median = jnp.nanmedian(jnp.where(ignored, jnp.nan, anomaly_map))
+    return jnp.where(ignored, jnp.where(jnp.all(ignored), jnp.min(anomaly_map), median), anomaly_map)
 
 
 def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[Array, ""] | float) -> Float[Array, ""]:
@@ -261,8 +284,10 @@ def half_height(anomaly_map: Float[Array | np.ndarray, "h w"], ordinary: Float[A
 
 
 def extract(backbone: Backbone, image: Float[Array, "h w 3"]) -> tuple[Float[Array, "_h_k _w_k _c_k"], ...]:
-    """Returns the backbone's feature maps of an image in normalised intensity."""
-    return backbone(backbone.normalise(denormalise(image)))
+    """Returns the backbone's feature maps of an image in normalised intensity; of a large image, tile by tile."""
+    pixels = backbone.normalise(denormalise(image))
+    large = image.shape[0] * image.shape[1] > LARGE
+    return in_tiles(backbone, pixels) if large and backbone.local else backbone(pixels)
 
 
 def coarse_map(scores: Float[Array, "h_k w_k"], size: tuple[int, int], *, sigma: float = 4.0) -> Float[Array, "h w"]:

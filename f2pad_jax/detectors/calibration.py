@@ -22,6 +22,8 @@ NUM_DEFECTS = 30
 """Number of synthetic defects, which show whether the detector suits the images."""
 PASTES = (paste_tint, paste_stain, paste_noise)
 """Kinds of synthetic defects."""
+TRIES = 50
+"""Number of draws of a shape of which at least half counts; then all pixels that count are the shape."""
 NUM_PIXELS = 20_000
 """Number of pixels to which the prior is fitted."""
 
@@ -87,8 +89,12 @@ def faint_defects(images: NormalImages, seed: int) -> NormalImages:
     """Returns images with a synthetic defect each: a tint, a stain or noise, in turn, in an irregular shape."""
 
     def drawn_shape(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
-        shape = irregular_shape(rng, images.size)
-        return shape if images.ignored is None else shape & ~images.ignored
+        counted = np.ones(images.size, bool) if images.ignored is None else ~images.ignored
+        for _ in range(TRIES):
+            shape = irregular_shape(rng, images.size)
+            if np.mean(counted[shape]) >= 0.5:
+                return shape & counted
+        return counted
 
     def defective(k: int) -> Float[np.ndarray, "h w 3"]:
         rng, normal = np.random.default_rng([seed, k]), images.pixels(k % len(images)).astype(np.float32) / 65535

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def fit(
     images: Iterable[Shaped[np.ndarray | Array, "..."]],
     backbone: Backbone | str,
     *,
-    size: tuple[int, int] | int | None = None,
+    size: Sequence[int] | int | None = None,
     smallest_defect: float | int | None = None,
     groups: Sequence[Hashable] | None = None,
     ignore: Bool[np.ndarray, "H W"] | None = None,
@@ -43,8 +44,10 @@ def fit(
 
     The images are divided into five parts. The method is fitted to four parts, and the detector scores the images of the
     fifth, for each of the five parts in turn (cross-fitting). All images then have maps of a detector that has not seen
-    them. These maps give the threshold and the false-alarm rates. The first part gives the scale of the scores. At last
-    the method is fitted to all images. Methods with a long training are fitted once, to four parts (``refits = False``).
+    them. These maps give the threshold and the false-alarm rates. The first part gives the scale of the scores. The
+    detector itself is fitted to all images. Methods with a long training are fitted once, to four parts
+    (``refits = False``). PaDiM with full covariances is fitted once, to all images: a formula gives the map of each image
+    without it (:meth:`~f2pad_jax.detectors.AbstractDetector.left_out`).
 
     Args:
         method: class of the detector, such as :class:`~f2pad_jax.detectors.PatchCore`, or one of your own.
@@ -78,7 +81,10 @@ def fit(
     if size is not None and smallest_defect is not None:
         raise OptionError("give the size or the smallest defect, not both: the smallest defect chooses the size")
     own, images = peeked(images)
-    if not isinstance(size, tuple):
+    if isinstance(size, Sequence):
+        height, width = size
+        size = height, width
+    else:
         if isinstance(backbone, str):
             network = find_network(backbone)
             stride = max(network.strides[layer] for layer in method.default_layers(network, sys.maxsize))
@@ -102,25 +108,60 @@ def fit(
         raise OptionError("all images are in one group; give at least two groups, or none")
     parts = parts if method.refits else parts[:1]
     splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
-    maps, first, defects = np.empty((len(normals), *size), np.float16), None, None
+    start = partial(scaled, num_components=num_components, num_exemplars=num_exemplars, seed=seed, progress=progress)
+    method_fit = partial(method.fit, backbone=backbone, seed=seed, **options)
+    refitted = method_fit(normals, progress=progress) if method.refits else None
+    alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
+    if refitted is None or alone is None:
+        detector = _cross_fitted(method_fit, splits, parts, start, seed, progress)
+    else:
+        detector = start(alone, *splits[0])
+        maps = maps_of(detector, normals, "maps of normal images", progress)
+        whole, defects = with_calibration(refitted, detector.calibrated), faint_defects(normals, seed)
+        detector = with_maps(detector, maps, maps_of(whole, defects, "maps of synthetic defects", progress))
+    if adjust is not None:
+        held_out, others = splits[0]
+        if alone is not None:
+            detector = with_calibration(method_fit(others, progress=progress), detector.calibrated)
+        detector = adjust(detector, held_out, others)
+    if refitted is not None:
+        detector = with_calibration(refitted, detector.calibrated)
+    if resume and method.resumable:
+        Path(resume).unlink(missing_ok=True)
+    return detector
+
+
+def _cross_fitted(
+    method_fit: Callable[..., D],
+    splits: Sequence[tuple[NormalImages, NormalImages]],
+    parts: Sequence[list[int]],
+    start: Callable[..., D],
+    seed: int,
+    progress: Progress,
+) -> D:
+    """Returns the detector fitted without the first part, calibrated on the maps of every part by a fit without the part.
+
+    Args:
+        method_fit: function that fits the method to images.
+        splits: images of each part, and all other images.
+        parts: indices of the images of each part.
+        start: function that gives a detector its scale, from images that it has not seen and from the other images.
+        seed: seed of the synthetic defects.
+        progress: function that receives stage, number done and total.
+    """
+    maps, first, defects = {}, None, None
     for number, (part, (held_out, others)) in enumerate(zip(parts, splits, strict=True)):
 
         def fold_progress(stage: str, done: int, total: int, number: int = number) -> None:
             progress(f"fold {number + 1} of {len(parts)}: {stage}" if len(parts) > 1 else stage, done, total)
 
-        detector = method.fit(others, backbone, seed=seed, progress=fold_progress, **options)
+        detector = method_fit(others, progress=fold_progress)
         if first is None:
-            first = scaled(detector, held_out, others, num_components, num_exemplars, seed, progress)
+            first = start(detector, held_out, others)
             defects = maps_of(first, faint_defects(held_out, seed), "maps of synthetic defects", fold_progress)
         detector = with_calibration(detector, first.calibrated)
-        maps[part] = maps_of(detector, held_out, "maps of normal images", fold_progress)
+        maps |= zip(part, maps_of(detector, held_out, "maps of normal images", fold_progress), strict=True)
     assert first is not None and defects is not None
-    detector = with_maps(first, maps, defects, parts) if method.refits else with_maps(first, maps[parts[0]], defects)
-    if adjust is not None:
-        detector = adjust(detector, *splits[0])
-    if method.refits:
-        refitted = method.fit(normals, backbone, seed=seed, progress=progress, **options)
-        detector = with_calibration(refitted, detector.calibrated)
-    if resume and method.resumable:
-        Path(resume).unlink(missing_ok=True)
-    return detector
+    places = {image: place for place, image in enumerate(sorted(maps))}
+    together = [[places[i] for i in part] for part in parts] if len(parts) > 1 else None
+    return with_maps(first, np.stack([maps[i] for i in sorted(maps)]), defects, together)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
-from scipy.stats import beta
+from scipy.stats import beta, norm, t
 
 from f2pad_jax.images._smoothing import smoothed
 from f2pad_jax.images.pixels import Scalar
@@ -28,7 +28,7 @@ PRIOR_EXCESSES = 4
 PRIOR_EXCESS = 1.0
 """Prior mean excess of the tail, standard deviations: a few scores do not show how long the tail is."""
 DEVIATIONS = 3.0
-"""Number of standard deviations from the mean of the maps' medians to :attr:`Normality.level`."""
+"""Number of standard deviations from the mean of many maps' medians to :attr:`Normality.level`."""
 
 
 class Normality(eqx.Module):
@@ -67,8 +67,7 @@ class Normality(eqx.Module):
             mean, spread = Moments.together(others).statistics()
             for i in part:
                 scores[i] = image_score(jnp.asarray(maps[i], jnp.float32), mean, spread)
-        levels = [float(np.median(m)) for m in maps]
-        level = jnp.float32(np.mean(levels) + DEVIATIONS * np.std(levels))
+        level = jnp.float32(highest_level([float(np.median(m)) for m in maps]))
         mean, spread = Moments.together(moments).statistics()
         found = [image_score(jnp.asarray(m, jnp.float32), mean, spread) for m in (() if defects is None else defects)]
         scores, found = (jnp.asarray(np.sort(values), jnp.float32) for values in (scores, found))
@@ -137,6 +136,18 @@ def image_score(
     """
     deviations = ((anomaly_map - mean) / spread).ravel()
     return jnp.mean(jax.lax.top_k(deviations, max(int(TOP * deviations.size), 1))[0])
+
+
+def highest_level(levels: Sequence[float]) -> float:
+    """Returns the level that a further Gaussian value exceeds as rarely as :data:`DEVIATIONS` standard deviations.
+
+    Mean and deviation are estimated from the values (Student's prediction interval). Infinity for a single value.
+    """
+    n = len(levels)
+    if n < 2:
+        return math.inf
+    factor = t.ppf(norm.cdf(DEVIATIONS), n - 1) * math.sqrt(1 + 1 / n)
+    return float(np.mean(levels) + factor * np.std(levels, ddof=1))
 
 
 class Moments(NamedTuple):

@@ -1,5 +1,6 @@
 """PaDiM (Defard et al., ICPR 2020): a Gaussian of the features at every position, Eq. (7)."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -92,6 +93,28 @@ class LowRank(eqx.Module):
         return basis.astype(np.float32), shrinkage.astype(np.float32), (1 / np.sqrt(rest)).astype(np.float32)
 
 
+class LeftOut(eqx.Module):
+    """Precision of the fit without an image, for this image.
+
+    Without one of n vectors, the mean moves by d/(n-1) and the covariance loses the dyad of d. The distance follows from
+    the distance q of the whole fit (Sherman & Morrison 1950)::
+
+        n²(n-2) / (n-1)³ · q / (1 - n·q / (n-1)²)
+
+    It is exact but for the regulariser, which counts (n-1)/(n-2) times.
+    """
+
+    precision: Full
+    """Precision of the fit to all images."""
+    num_images: int = eqx.field(static=True)
+    """Number n of images of the fit, static."""
+
+    def __call__(self, difference: Float[Array, "h_1 w_1 c"]) -> Float[Array, "h_1 w_1"]:
+        """Returns the squared Mahalanobis distance of a training image to the fit without this image."""
+        n, q = self.num_images, self.precision(difference)
+        return n**2 * (n - 2) / (n - 1) ** 3 * q / jnp.maximum(1 - n * q / (n - 1) ** 2, 1e-4)
+
+
 class PaDiM(AbstractDetector):
     """Detector by the squared Mahalanobis distance to the Gaussian of each position, Eq. (7).
 
@@ -107,7 +130,7 @@ class PaDiM(AbstractDetector):
     """Indices of the channels kept, ascending, per layer."""
     mean: Float[Array, "h_1 w_1 c"]
     """Mean features of every position."""
-    precision: Full | LowRank
+    precision: Full | LowRank | LeftOut
     """Precision of the features at every position."""
     calibration: Calibration | None = None
     """Calibration by :func:`f2pad_jax.fit`; None before the calibration."""
@@ -178,9 +201,15 @@ class PaDiM(AbstractDetector):
         mean = jnp.asarray(mean, jnp.float32)
         return cls(backbone=backbone, size=images.size, channels=channels, mean=mean, precision=precision)
 
+    def left_out(self, num_images: int) -> "PaDiM | None":
+        """Returns the detector with the precisions of :class:`LeftOut`; None for a low rank or fewer than three images."""
+        if not isinstance(self.precision, Full) or num_images < 3:
+            return None
+        return dataclasses.replace(self, precision=LeftOut(self.precision, num_images))
+
     def locate(
         self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]
-    ) -> tuple[Float[Array, "_h _w c"], Full | LowRank]:
+    ) -> tuple[Float[Array, "_h _w c"], Full | LowRank | LeftOut]:
         """Returns the statistics of the window's positions."""
         stride = min(self.backbone.strides)
         first, shape = jnp.asarray(corner) // stride, (image.shape[0] // stride, image.shape[1] // stride)
@@ -191,7 +220,7 @@ class PaDiM(AbstractDetector):
         return jax.tree.map(cut, (self.mean, self.precision))
 
     def raw_scores(
-        self, image: Float[Array, "h w 3"], context: tuple[Float[Array, "_h _w c"], Full | LowRank]
+        self, image: Float[Array, "h w 3"], context: tuple[Float[Array, "_h _w c"], Full | LowRank | LeftOut]
     ) -> tuple[Float[Array, "_h _w"]]:
         """Returns the squared Mahalanobis distance, Eq. (7)."""
         mean, precision = context

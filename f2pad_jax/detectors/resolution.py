@@ -26,7 +26,8 @@ def detector_size(
 ) -> tuple[int, int]:
     """Returns the height and width at which a detector sees images, multiples of ``stride`` with the images' aspect ratio.
 
-    No side exceeds the images' own side. By default images have at most the pixels of a square of :data:`LARGEST`.
+    No side exceeds the images' own side, unless this side is below the stride. By default images have at most the pixels of
+    a square of :data:`LARGEST`.
 
     Args:
         own: height and width of the images.
@@ -65,9 +66,9 @@ def ignored_pixels(
         raise OptionError(f"border {border} must be at least 0, and the mask of ignored pixels an array (h, w)")
     if ignore is None and border == 0:
         return None
-    ignored = np.zeros(size, bool) if ignore is None else np.array(scaled_mask(jnp.asarray(ignore, bool), size))
+    ignored = np.zeros(size, bool) if ignore is None else np.array(scaled_mask(jnp.asarray(ignore, bool), size, 1e-3))
     for axis in (0, 1):
-        width = min(round(border * size[axis] / own[axis]), size[axis])
+        width = min(math.ceil(border * size[axis] / own[axis]), size[axis])
         lines = np.moveaxis(ignored, axis, 0)
         lines[:width] = lines[size[axis] - width :] = True
     if ignored.all():

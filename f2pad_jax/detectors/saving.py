@@ -22,7 +22,7 @@ from f2pad_jax.detectors.prior import PixelPrior
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.errors import CheckpointError, ModelError
 
-FORMAT = "f2pad-model-5"
+FORMAT = "f2pad-model-6"
 """Name of the file format, with its version."""
 CLASSES: tuple[type[eqx.Module], ...] = (
     *DETECTORS.values(),

@@ -44,19 +44,13 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[f
     return _figure(title, parts, list(series))
 
 
-def histogram(title: str, values: Mapping[str, Sequence[float]], *, limit: float, num_bins: int = 16) -> str:
-    """Draws the shares of values in bins; the last bin holds all higher values. Bins up to ``limit`` end exactly there.
-
-    Values beyond three times the limit are in the last bin.
-    """
-    highest = min(max((max(v) for v in values.values() if len(v)), default=limit), 3 * limit)
-    width = limit / max(round(num_bins * limit / max(highest, limit)), 1)
-    count = max(int(np.ceil(highest / width)), 1) + 1
+def histogram(title: str, scores: Mapping[str, Sequence[float]]) -> str:
+    """Draws the shares of scores in bins of a fifth, to be embedded in a page; the last bin holds all scores above 3."""
+    names = [f"{k // 5}" if k % 5 == 0 else "" for k in range(15)] + ["3+"]
     series = {}
-    for name, members in values.items():
-        places = np.clip(np.floor(np.asarray(members, float) / width).astype(int), 0, count - 1)
-        series[name] = (100 * np.bincount(places, minlength=count) / max(len(members), 1)).tolist()
-    names = [f"{width * k:.2g}" if k % 2 == 0 else "" for k in range(count)]
+    for name, values in scores.items():
+        places = np.clip(np.floor(5 * np.asarray(values, float)), 0, 15).astype(int)
+        series[name] = (100 * np.bincount(places, minlength=16) / max(len(values), 1)).tolist()
     return bar_chart(title, names, series, high=max(map(max, series.values())), y="% of images")
 
 

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_to_depth
 from f2pad_jax.data.mvtec import Category, read_mask
@@ -15,6 +17,7 @@ from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import load_detector, save_detector
 from f2pad_jax.evaluation.cases import Case, training_images
 from f2pad_jax.images.files import read_image
+from f2pad_jax.method.settings import Settings
 from f2pad_jax.progress import Progress
 from f2pad_jax.tuning import recipe, tune
 
@@ -57,7 +60,7 @@ def load_or_fit(
     options: dict[str, Any] = {
         "size": tuple(size) if isinstance(size := request["size"], list) else size,
         "smallest_defect": request["smallest_defect"],
-        "ignore": None if request["ignore"] is None else read_mask(request["ignore"]),
+        "ignore": None if request["ignore"] is None else read_mask(request["ignore"][0]),
         "border": request["border"],
         "resume": model.with_suffix(".partial"),
         "seed": request["seed"],
@@ -73,12 +76,22 @@ def load_or_fit(
         "training_images": len(paths),
         "layers": list(detector.backbone.layers),
         "detector_size": list(detector.size),
+        "normal_scores": normal_scores(detector),
         "threshold": float(detector.calibrated.threshold),
         "pixel_components": detector.calibrated.prior.num_components,
         "tuning": [trial._asdict() for trial in trials],
     }
     write_atomically(file, json.dumps(record).encode())
     return detector, record
+
+
+def normal_scores(detector: AbstractDetector) -> list[float]:
+    """Returns the scores of the normal images in units of the limit, as the scores of test images are."""
+    normality = detector.calibrated.normality
+    if normality is None:
+        return []
+    scores = detector.in_units(normality.scores, Settings().false_alarms)
+    return np.round(np.asarray(scores), 4).tolist()
 
 
 def _stem(case: Case, paths: list[Path], request: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax._timing import compile_seconds
 from f2pad_jax._version import __version__
 from f2pad_jax.data.dataset import make_dataset, read_manifest
@@ -116,7 +116,7 @@ def evaluate(
     constants = {
         "size": list(size) if isinstance(size, tuple) else size,
         "smallest_defect": smallest_defect,
-        "ignore": None if ignore is None else str(ignore),
+        "ignore": None if ignore is None else [str(ignore), file_sha256(Path(ignore))],
         "border": border,
         "seed": seed,
         "tune": tune,
@@ -216,7 +216,8 @@ def _run(
     file = folder / "case.json"
     if file.exists() and (record := json.loads(file.read_text())) | request != record:
         raise RunError(
-            f"{folder}: holds a run with another size, seed, tuning, half, inpainter or settings; choose another folder"
+            f"{folder}: holds a run with another size, seed, tuning, half, inpainter, settings or ignored pixels; "
+            "choose another folder"
         )
     defective = spread([sample for sample in category.test if sample.mask is not None], extent.images or None)
     samples = defective + spread([sample for sample in category.test if sample.mask is None], extent.images or None)

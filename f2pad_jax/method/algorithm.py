@@ -49,8 +49,8 @@ class Refined(eqx.Module):
     p_value: Float[Array | np.ndarray, "*b"]
     """Probability that a normal image has this score or a higher one; NaN without ``Calibration.normality``."""
     unlike: Bool[Array | np.ndarray, "*b"]
-    """Whether the image is unlike the normal images as a whole: another batch, other light, a dirty lens. The defect is
-    then sought in comparison with the image itself."""
+    """Whether the image is unlike the normal images as a whole: another batch, other light, a dirty lens. The mask
+    then shows the pixels that stand out from the rest of the image."""
     sparsity: Float[Array | np.ndarray, "*b"]
     """Sparsity in force: ``Settings.sparsity`` times the factors of detector and tuning (:meth:`Settings.adapted`)."""
     steps: Int[Array | np.ndarray, "*b"]
@@ -180,7 +180,7 @@ def untouched(image: Float[Array, "h w 3"], coarse: Coarse) -> Solved:
 
     If the suspect region is the whole image, no good pixel is left to start from, and the mask is m0.
     """
-    covered = jnp.all(coarse.region)
+    covered = coarse.covered
     mask = covered & scaled_mask(coarse.mask, size_of(image))
     zero = jnp.zeros((), jnp.int32)
     outcome = jnp.where(covered, int(Outcome.COVERS_IMAGE), int(Outcome.NOTHING_TO_REFINE))
@@ -202,6 +202,7 @@ def compose(
     lost = ~jnp.any(found) & jnp.any(m0)
     mask = found | (lost & m0)
     outcome = jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome)
+    share = jnp.mean(mask) if coarse.ignored is None else jnp.sum(mask) / jnp.sum(~scaled_mask(coarse.ignored, size))
     return Refined(
         mask=mask,
         normal=normal,
@@ -215,7 +216,7 @@ def compose(
         sparsity=jnp.asarray(settings.adapted(detector).sparsity, jnp.float32),
         steps=solved.steps,
         objective=solved.objective,
-        outcome=jnp.where(jnp.mean(mask) > MOST, int(Outcome.COVERS_IMAGE), outcome),
+        outcome=jnp.where((share > MOST) & (outcome != Outcome.NON_FINITE), int(Outcome.COVERS_IMAGE), outcome),
     )
 
 

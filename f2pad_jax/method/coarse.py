@@ -36,6 +36,12 @@ class Coarse(eqx.Module):
     ignored: Bool[Array, "h w"] | None = None
     """Pixels that do not count; None: all count."""
 
+    @property
+    def covered(self) -> Bool[Array, ""]:
+        """Whether every pixel that counts is suspect: no good pixel is left to start from."""
+        outside = ~self.region if self.ignored is None else ~(self.region | self.ignored)
+        return jnp.any(self.region) & ~jnp.any(outside)
+
 
 @jax.jit
 def look(
@@ -47,7 +53,7 @@ def look(
     """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1; ``ignored`` pixels do not count."""
     x = normalise(resized(image, detector.size))
     masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
-    ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size) for m in masks]), axis=0) if masks else None
+    ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size, 1e-3) for m in masks]), axis=0) if masks else None
     anomaly_map = counted(detector.anomaly_map(x), ignored)
     excess, threshold = detector.excess(anomaly_map)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)

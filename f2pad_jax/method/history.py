@@ -91,6 +91,7 @@ def history(
     *,
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
+    ignore: Bool[Array | np.ndarray, "h w"] | None = None,
     every: int = 10,
 ) -> History:
     """Solves for the mask of one image, like :func:`f2pad_jax.refine`, and records the steps.
@@ -102,6 +103,7 @@ def history(
         image: ``(h, w)`` or ``(h, w, 3)``, as ``refine`` takes it.
         settings: constants of the method.
         inpaint: inpainter of the first guess, as for ``refine``.
+        ignore: pixels that do not count.
         every: steps between two recorded normal images and masks.
 
     Raises:
@@ -113,9 +115,9 @@ def history(
     settings, unit = (settings or Settings()).traced(), to_unit(image)
     if unit.ndim == 4:
         raise ImageError("a history records one image: pass images one at a time")
-    coarse = look(detector, unit, settings)
+    coarse = look(detector, unit, settings, None if ignore is None else jnp.asarray(ignore, bool))
     region = np.asarray(coarse.region)
-    if not region.any() or region.all():
+    if not region.any() or coarse.covered:
         blank = untouched(unit, coarse)
         outcome, mask = Outcome(int(blank.outcome)), np.asarray(blank.mask)
         no_steps, pixels = np.zeros(0, np.float32), np.asarray(unit)

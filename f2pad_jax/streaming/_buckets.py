@@ -185,16 +185,15 @@ class Device(Worker):
             ImageError: the image has a wrong shape, dtype or range.
         """
         with jax.default_device(self.device):
-            s, ignored = self.setup, None if image[1] is None else jnp.asarray(image[1], bool)
-            unit, ignored = programs.on_device(self.device, (to_unit(image[0]), ignored))
+            s, (pixels, mask) = self.setup, image
+            mask = None if mask is None else jnp.asarray(mask, bool)
+            unit, ignored = programs.on_device(self.device, (to_unit(pixels), mask))
             if unit.ndim != 3:
                 raise ImageError(f"an image of the stream has shape {unit.shape}; give images one at a time")
-            if ignored is not None and ignored.shape != unit.shape[:2]:
-                raise ImageError(f"the mask of ignored pixels has shape {ignored.shape}, its image {unit.shape[:2]}")
             coarse = s.call(programs.look, s.detector, unit, s.settings, ignored)
             job = Job(number, unit, coarse, untouched(unit, coarse))
             region, full = np.asarray(coarse.region), size_of(unit)
-            if not region.any() or region.all():
+            if not region.any() or coarse.covered:
                 return self._results([job])
             sizes = tiling.WINDOWS if s.windows and s.detector.local else ()
             for part, size in tiling.divided(region, s.settings.margin, s.detector.stride, sizes):
