@@ -87,6 +87,7 @@ class LowRank(eqx.Module):
     def of(covariance: Float[np.ndarray, "p c c"], rank: int) -> tuple[np.ndarray, ...]:
         """Computes the fields from float64 covariances; the likeliest σ² is the mean variance of all other directions."""
         variances, directions = np.linalg.eigh(covariance)  # ascending
+        variances = np.maximum(variances, REGULARISER)  # only rounding makes them smaller
         rest = variances[:, :-rank].mean(axis=1) if rank < variances.shape[1] else variances[:, 0]
         basis = np.swapaxes(directions[:, :, -rank:], 1, 2)
         shrinkage = 1 - np.sqrt(rest[:, None] / variances[:, -rank:])
