@@ -14,6 +14,7 @@ from f2pad_jax import fit, load_detector, refine, save_detector
 from f2pad_jax.backbones import Backbone, load_backbone
 from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import AbstractDetector, Calibration, NormalImages, PaDiM, PatchCore, calibrate
+from f2pad_jax.detectors.base import BORDER
 from f2pad_jax.detectors.calibration import EXTENT
 from f2pad_jax.detectors.normality import folds
 from f2pad_jax.detectors.patchcore import embed
@@ -214,12 +215,11 @@ class Colour(AbstractDetector):
 
 
 def coarse_oracle(anomaly_map, calibration):
-    """Above the middle between the ordinary level and the map's maximum, and above the threshold if any pixel is."""
-    highest = float(anomaly_map.max())
-    middle = max((float(calibration.ordinary) + highest) / 2, float(calibration.ordinary))
-    return (anomaly_map > middle) & (
-        (anomaly_map > float(calibration.threshold)) | (highest <= float(calibration.threshold))
-    )
+    """Above the middle between the ordinary level and the map's maximum, and above the border if any pixel is."""
+    ordinary, highest = float(calibration.ordinary), float(anomaly_map.max())
+    border = ordinary + BORDER * (float(calibration.threshold) - ordinary)
+    middle = max((ordinary + highest) / 2, ordinary)
+    return (anomaly_map > middle) & ((anomaly_map > border) | (highest <= border))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def thirds():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("peak", [0.5, 2.9, 3.1, 4.9, 5.1, 20.0, 500.0])
-def test_the_coarse_mask_is_above_the_threshold_and_half_way_from_the_ordinary_level(thirds, peak, seed):
+def test_the_coarse_mask_is_above_the_border_and_half_way_from_the_ordinary_level(thirds, peak, seed):
     levels = smooth_image(seed, 32)[..., 0]
     levels = peak * levels / levels.max()
     mask = np.asarray(jax.jit(Colour.coarse_mask)(thirds, jnp.asarray(levels)))
@@ -238,9 +238,17 @@ def test_the_coarse_mask_is_above_the_threshold_and_half_way_from_the_ordinary_l
     assert mask.any() == (peak > 1)
 
 
-def test_of_a_faint_map_the_threshold_alone_decides(thirds):
-    levels = jnp.asarray([[1.0, 3.0, 3.1], [4.9, 2.9, -1.0]])
+def test_of_a_faint_map_the_border_alone_decides(thirds):
+    assert pytest.approx(2.4286, abs=1e-4) == 1 + 2 * BORDER
+    levels = jnp.asarray([[1.0, 2.42, 2.5], [3.8, 2.3, -1.0]])
     np.testing.assert_array_equal(thirds.coarse_mask(levels), [[False, False, True], [True, False, False]])
+
+
+@pytest.mark.parametrize(("peak", "height"), [(3.8, 2 / (2 * BORDER)), (20.0, 2 / 9.5)])
+def test_the_threshold_is_told_on_the_scale_of_the_border(thirds, peak, height):
+    """A part of a mask has a pixel above the threshold; of a faint map, a pixel of m0 is enough."""
+    _, threshold = thirds.excess(jnp.asarray([[1.0, peak]]))
+    assert float(threshold) == pytest.approx(min(height, 1), rel=1e-5)
 
 
 def test_of_a_glaring_map_half_the_height_decides(thirds):

@@ -20,6 +20,8 @@ from f2pad_jax.images._smoothing import smoothed
 from f2pad_jax.images.pixels import Scalar, denormalise, normalise, resized, to_unit
 from f2pad_jax.progress import Progress
 
+BORDER = 5 / 7
+"""Height of the border of m0 in a faint defect, as a share of the threshold's height above the ordinary level."""
 LARGE = 1024 * 1024
 """Largest number of pixels of an image that the network sees at once; it sees a larger image in tiles."""
 Context = Any
@@ -110,7 +112,7 @@ class Calibration(eqx.Module):
     ordinary: Float[Array, ""]
     """Mean level of the anomaly maps of held-out normal images."""
     threshold: Float[Array, ""]
-    """Level of the anomaly map above which a pixel may belong to the coarse mask m0."""
+    """Level of the anomaly map that a pixel of each part of a mask exceeds; m0 reaches down to a lower level."""
     prior: PixelPrior
     """Distribution of normal pixel values, Eq. (9)."""
     normals: UInt8[Array, "k h w 3"] | None = None
@@ -220,7 +222,7 @@ class AbstractDetector(eqx.Module):
         return extract(self.backbone, image)
 
     def coarse_mask(self, anomaly_map: Float[Array, "h w"]) -> Bool[Array, "h w"]:
-        """Returns m0: the pixels above the threshold and above half of the map's peak (:func:`half_height`).
+        """Returns m0: the pixels above the low level of :data:`BORDER`, and above half of the map (:func:`half_height`).
 
         At the outline of a defect, smoothing leaves half of its peak. The threshold suits faint defects. Without the second
         condition, the outline of a glaring defect would lie too far out.
@@ -249,15 +251,16 @@ class AbstractDetector(eqx.Module):
     def excess(self, anomaly_map: Float[Array, "h w"]) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
         """Returns the map and the threshold relative to the level at the border of m0.
 
-        0 is the ordinary level or below, and 1 the level at the border of m0. The threshold is at most 1. If no pixel
-        exceeds the threshold, m0 ends at half of the map's height. In an image unlike the normal images as a whole, the
-        ordinary level and the threshold are lifted (:meth:`~f2pad_jax.detectors.Normality.lift`).
+        0 is the ordinary level or below, and 1 the level at the border of m0. This level is :data:`BORDER` of the
+        threshold's height, or half of the map's height if half is higher or no pixel exceeds the first. The threshold is
+        at most 1. In an image unlike the normal images as a whole, the ordinary level and the threshold are lifted
+        (:meth:`~f2pad_jax.detectors.Normality.lift`).
         """
         c = self.calibrated
         lift = self.lift(anomaly_map)
         ordinary, threshold = c.ordinary + lift, c.threshold + lift
-        half = half_height(anomaly_map, ordinary)
-        level = jnp.where(jnp.max(anomaly_map) > threshold, jnp.maximum(threshold, half), half)
+        low, half = ordinary + BORDER * (threshold - ordinary), half_height(anomaly_map, ordinary)
+        level = jnp.where(jnp.max(anomaly_map) > low, jnp.maximum(low, half), half)
         height = jnp.maximum(level - ordinary, 1e-6)
         return jnp.maximum(anomaly_map - ordinary, 0) / height, jnp.minimum((threshold - ordinary) / height, 1)
 

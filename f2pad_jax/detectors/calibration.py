@@ -16,7 +16,7 @@ from f2pad_jax.detectors.prior import fit_prior
 from f2pad_jax.images.pixels import normalise
 from f2pad_jax.progress import Progress, silent
 
-EXTENT = 0.5
+EXTENT = 0.7
 """Height of the threshold of m0 between the ordinary level and the limit of the maps' maxima."""
 NUM_DEFECTS = 30
 """Number of synthetic defects, which show whether the detector suits the images."""
