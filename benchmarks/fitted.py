@@ -7,8 +7,8 @@ from pathlib import Path
 import f2pad_jax
 from f2pad_jax.backbones import load_backbone
 from f2pad_jax.data import Category, Sample, open_category
-from f2pad_jax.data.mvtec import spread
-from f2pad_jax.detectors import PatchCore
+from f2pad_jax.data.mvtec import HALVES, spread
+from f2pad_jax.detectors import DETECTORS, PatchCore
 from f2pad_jax.images import read_image
 
 
@@ -24,6 +24,18 @@ def command_line(doc: str, images: int) -> argparse.ArgumentParser:
     parser.add_argument("--layers", nargs="+", default=["layer1", "layer2", "layer3"])
     parser.add_argument("--weights")
     parser.add_argument("--images", type=int, default=images)
+    return parser
+
+
+def categories_command_line(doc: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options of a data set in MVTec layout, a detector, and the half of the test images."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--categories", nargs="+")
+    parser.add_argument("--method", choices=list(DETECTORS), default="patchcore")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--half", choices=HALVES, default=HALVES[0])
     return parser
 
 

@@ -6,19 +6,18 @@ defects, images that are unlike the normal images as a whole, mean IoU of the de
 image that a mask has.
 """
 
-import argparse
 import io
-from pathlib import Path
 
 import jax
 import numpy as np
 import PIL.Image
 import scipy.ndimage
+from fitted import categories_command_line
 
 from f2pad_jax import Settings, fit, refine_many
 from f2pad_jax.backbones import find_network
 from f2pad_jax.data import open_categories
-from f2pad_jax.data.mvtec import HALVES, half_of, spread
+from f2pad_jax.data.mvtec import half_of, spread
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation._models import load_to_depth
 from f2pad_jax.images.files import read_image
@@ -62,13 +61,7 @@ MOVES = ("rotation 3 degrees", "shift 8 px")
 
 def main() -> None:
     """Prints the table for the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--categories", nargs="+")
-    parser.add_argument("--method", choices=list(DETECTORS), default="patchcore")
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--half", choices=HALVES, default=HALVES[0])
+    parser = categories_command_line(__doc__)
     parser.add_argument("--images", type=int, default=10, help="largest number of good images, and of defects")
     arguments = parser.parse_args()
     method = DETECTORS[arguments.method]

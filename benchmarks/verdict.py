@@ -9,20 +9,20 @@ each cut at its best threshold. The second table has the share of good images wh
 ``--sizes 160 224 320 auto`` compares sizes, and ``--picture FILE`` draws best cut and seconds of the fit over the pixels.
 """
 
-import argparse
 import itertools
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from fitted import categories_command_line
 from matplotlib.figure import Figure
 
 from f2pad_jax import Settings, fit
 from f2pad_jax.backbones import find_network
 from f2pad_jax.commands.fit import grouped
 from f2pad_jax.data import open_categories
-from f2pad_jax.data.mvtec import HALVES, half_of
+from f2pad_jax.data.mvtec import half_of
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation._models import load_to_depth
 from f2pad_jax.evaluation._summary import best_cut
@@ -42,13 +42,7 @@ def anomaly_map(detector, image):
 
 def main() -> None:
     """Prints both tables for the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--categories", nargs="+")
-    parser.add_argument("--method", choices=list(DETECTORS), default="patchcore")
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--half", choices=HALVES, default=HALVES[0])
+    parser = categories_command_line(__doc__)
     parser.add_argument("--normals", type=int, nargs="+", help="numbers of training images (default: all)")
     parser.add_argument("--sizes", nargs="+", default=["auto"], help="auto, or sides of squares with as many pixels")
     parser.add_argument("--groups", help="pattern of the groups of normal images, as for 'f2pad fit'")

@@ -89,7 +89,7 @@ def test_it_is_refined_saved_and_loaded(example, detector, network, texture, tmp
         np.mean([iou(masks[i], test.mask) for i, test in enumerate(texture.test)])
         for masks in (found.coarse_mask, found.mask)
     )
-    assert after > before + 0.1 > 0.3, (before, after)
+    assert after > 0.5 and after > before + 0.15
 
 
 def test_a_solver_of_ones_own_is_less_than_40_lines_and_refines(solver_example, texture, shallow_backbone):

@@ -196,13 +196,14 @@ def compose(
     the mask has more than :data:`MOST` of the image.
     """
     size = size_of(image)
-    found = solved.mask if coarse.ignored is None else solved.mask & ~scaled_mask(coarse.ignored, size)
+    counts = jnp.ones(size, bool) if coarse.ignored is None else ~scaled_mask(coarse.ignored, size)
+    found = solved.mask & counts
     normal = jnp.where(found[..., None], jnp.clip(denormalise(solved.n), 0.0, 1.0), image)
     m0 = scaled_mask(coarse.mask, size)
     lost = ~jnp.any(found) & jnp.any(m0)
     mask = found | (lost & m0)
     outcome = jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome)
-    share = jnp.mean(mask) if coarse.ignored is None else jnp.sum(mask) / jnp.sum(~scaled_mask(coarse.ignored, size))
+    share = jnp.sum(mask) / jnp.sum(counts)
     return Refined(
         mask=mask,
         normal=normal,
