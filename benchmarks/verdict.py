@@ -7,6 +7,7 @@ the share of defects above the limit that 5 % of these good images exceed. "Best
 each cut at its best threshold. The second table has the share of good images whose p-value is at most p.
 
 ``--sizes 160 224 320 auto`` compares sizes, and ``--picture FILE`` draws best cut and seconds of the fit over the pixels.
+``--normals 5 16 160`` fits to fewer images. ``--contaminated N`` puts N defective images of the other half among them.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from f2pad_jax import Settings, fit
 from f2pad_jax.backbones import find_network
 from f2pad_jax.commands.fit import grouped
 from f2pad_jax.data import open_categories
-from f2pad_jax.data.mvtec import half_of
+from f2pad_jax.data.mvtec import half_of, spread
 from f2pad_jax.detectors import DETECTORS
 from f2pad_jax.evaluation._models import load_to_depth
 from f2pad_jax.evaluation._summary import best_cut
@@ -45,6 +46,7 @@ def main() -> None:
     parser = categories_command_line(__doc__)
     parser.add_argument("--normals", type=int, nargs="+", help="numbers of training images (default: all)")
     parser.add_argument("--sizes", nargs="+", default=["auto"], help="auto, or sides of squares with as many pixels")
+    parser.add_argument("--contaminated", type=int, default=0, help="number of defective images among the normal images")
     parser.add_argument("--groups", help="pattern of the groups of normal images, as for 'f2pad fit'")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
@@ -55,16 +57,19 @@ def main() -> None:
     for category in open_categories(arguments.root, names=arguments.categories):
         samples = half_of(category.test, arguments.half)
         defective = np.array([sample.mask is not None for sample in samples])
+        others = [sample for sample in category.test if sample.mask and sample not in samples]
+        contaminants = [sample.path for sample in spread(others, arguments.contaminated)]
         counts = arguments.normals or [len(category.train)]
         for count, size in itertools.product(counts, arguments.sizes):
-            chosen = np.sort(np.random.default_rng(0).permutation(len(category.train))[:count])
+            numbers = np.sort(np.random.default_rng(0).permutation(len(category.train))[:count])
+            chosen = [*(category.train[i] for i in numbers), *contaminants]
             layers = method.default_layers(find_network(arguments.backbone), len(chosen))
             backbone = load_to_depth(arguments.backbone, layers, arguments.weights)
             start = time.perf_counter()
             options = {} if size == "auto" else {"size": int(size)}
             if arguments.groups:
-                options["groups"] = grouped([category.train[i] for i in chosen], arguments.groups)
-            detector = fit(method, (read_image(category.train[i]) for i in chosen), backbone, **options)
+                options["groups"] = grouped(chosen, arguments.groups)
+            detector = fit(method, map(read_image, chosen), backbone, **options)
             seconds = time.perf_counter() - start
             images = [normalise(resized(to_unit(read_image(sample.path)), detector.size)) for sample in samples]
             jax.block_until_ready(anomaly_map(detector, images[0]))

@@ -73,31 +73,6 @@ def test_ties_are_kept_together(seed, levels):
     assert f1_above(best_threshold(maps, truth), maps, truth) == pytest.approx(brute_force(maps, truth), rel=1e-12)
 
 
-@pytest.mark.parametrize("levels", [3, 1000])
-@pytest.mark.parametrize("seed", range(4))
-def test_with_each_the_threshold_reaches_the_best_mean_f1(seed, levels):
-    """... of images whose defects are as different in size as in strength."""
-    maps, truth = blurred_truth(seed, (5, 8, 9))
-    truth[0] &= np.arange(9) < 3
-    maps = np.round((maps * np.array([0.3, 1, 1, 2, 4])[:, None, None]).astype(np.float32) * levels / 2)
-
-    def mean_f1(threshold):
-        return np.mean([f1_above(threshold, m[None], t[None]) for m, t in zip(maps, truth, strict=True)])
-
-    best = max(map(mean_f1, [maps.min() - 1, *np.unique(maps)]))
-    assert mean_f1(best_threshold(maps, truth, each=True)) == pytest.approx(best, rel=1e-12)
-    assert mean_f1(best_threshold(maps, truth)) <= best
-
-
-def test_a_defect_of_few_pixels_counts_only_with_each():
-    """One large defect of level 9, one pixel of level 4, of level 4 much else that is normal beside the large one."""
-    maps, truth = np.zeros((2, 10, 10), np.float32), np.zeros((2, 10, 10), bool)
-    maps[0, :6], truth[0, :6] = 9, True
-    maps[0, 6:9], maps[1, 0, 0], truth[1, 0, 0] = 4, 4, True
-    assert 4 < best_threshold(maps, truth) < 9
-    assert 0 < best_threshold(maps, truth, each=True) < 4
-
-
 def test_one_value_everywhere_calls_all_of_it_anomalous():
     maps, truth = np.full((2, 4, 4), 0.3, np.float32), np.zeros((2, 4, 4), bool)
     truth[0, 0, 0] = True

@@ -263,8 +263,20 @@ def test_in_an_image_unlike_the_normals_the_defect_stands_out_from_the_image_its
 
 def test_hardly_any_normal_image_is_unlike_the_normals():
     maps = np.random.default_rng(0).normal(1, 0.1, (200, 16, 16)) + np.random.default_rng(1).normal(0, 0.05, (200, 1, 1))
-    normality = Normality.of(maps)
-    assert np.mean([float(normality.lift(jnp.asarray(m))) > 0 for m in maps]) < 0.02
+    level = float(Normality.of(maps).level)
+    assert np.mean(np.median(maps, axis=(1, 2)) > level) < 0.02
+
+
+def test_a_plain_background_does_not_make_images_unlike_the_normals():
+    """Medians of maps with a plain background are nearly equal, and three deviations of them are nothing to report."""
+    rng = np.random.default_rng(0)
+    normality = Normality.of((1 + 0.001 * rng.random((30, 32, 32))).astype(np.float32))
+    detector = Seen(
+        None, (32, 32), jnp.zeros((1, 32, 32, 3)), dataclasses.replace(calibration(threshold=2.0), normality=normality)
+    )
+    assert float(normality.level) < 1.01
+    assert float(detector.lift(jnp.full((32, 32), 1.05))) == 0
+    np.testing.assert_allclose(float(detector.lift(jnp.full((32, 32), 1.5))), 0.5 - 0.2, atol=1e-3)
 
 
 def test_all_images_of_a_group_are_in_one_part():

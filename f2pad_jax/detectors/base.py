@@ -22,6 +22,8 @@ from f2pad_jax.progress import Progress
 
 BORDER = 5 / 7
 """Height of the border of m0 in a faint defect, as a share of the threshold's height above the ordinary level."""
+UNLIKE = 0.2
+"""Height of the least ordinary level of an image unlike the normal images, as a share of the threshold's height."""
 LARGE = 1024 * 1024
 """Largest number of pixels of an image that the network sees at once; it sees a larger image in tiles."""
 Context = Any
@@ -254,7 +256,7 @@ class AbstractDetector(eqx.Module):
         0 is the ordinary level or below, and 1 the level at the border of m0. This level is :data:`BORDER` of the
         threshold's height, or half of the map's height if half is higher or no pixel exceeds the first. The threshold is
         at most 1. In an image unlike the normal images as a whole, the ordinary level and the threshold are lifted
-        (:meth:`~f2pad_jax.detectors.Normality.lift`).
+        (:meth:`lift`).
         """
         c = self.calibrated
         lift = self.lift(anomaly_map)
@@ -265,9 +267,17 @@ class AbstractDetector(eqx.Module):
         return jnp.maximum(anomaly_map - ordinary, 0) / height, jnp.minimum((threshold - ordinary) / height, 1)
 
     def lift(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
-        """Returns the height of the map above the level of images that resemble the normal images as a whole."""
-        normality = self.calibrated.normality
-        return jnp.zeros(()) if normality is None else normality.lift(anomaly_map)
+        """Returns the height of a map's median above all medians of images that resemble the normal images as a whole.
+
+        It is 0 up to :attr:`~f2pad_jax.detectors.Normality.level`, and up to :data:`UNLIKE` of the threshold's height: a
+        plain background hardly varies. Other light, a blurred lens or another batch lifts the whole map. The defect is
+        then sought above the lifted level.
+        """
+        c = self.calibrated
+        if c.normality is None:
+            return jnp.zeros(())
+        level = jnp.maximum(c.normality.level, c.ordinary + UNLIKE * (c.threshold - c.ordinary))
+        return jnp.maximum(jnp.median(anomaly_map) - level, 0)
 
 
 def counted(anomaly_map: Float[Array, "h w"], ignored: Bool[Array, "h w"] | None) -> Float[Array, "h w"]:

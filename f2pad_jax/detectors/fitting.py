@@ -1,5 +1,6 @@
 """Fitting of any method to normal images: hold-out, calibration and refit, without a label."""
 
+import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
@@ -113,12 +114,9 @@ def fit(
     refitted = method_fit(normals, progress=progress) if method.refits else None
     alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
     if refitted is None or alone is None:
-        detector = _cross_fitted(method_fit, splits, parts, start, seed, progress)
+        detector = _cross_fitted(method_fit, splits, start, seed, progress)
     else:
-        detector = start(alone, *splits[0])
-        maps = maps_of(detector, normals, "maps of normal images", progress)
-        whole, defects = with_calibration(refitted, detector.calibrated), faint_defects(normals, seed)
-        detector = with_maps(detector, maps, maps_of(whole, defects, "maps of synthetic defects", progress))
+        detector = _left_out(refitted, start(alone, *splits[0]), normals, seed, progress)
     if adjust is not None:
         held_out, others = splits[0]
         if alone is not None:
@@ -131,10 +129,24 @@ def fit(
     return detector
 
 
+def _left_out(refitted: D, alone: D, normals: NormalImages, seed: int, progress: Progress) -> D:
+    """Returns the detector calibrated on the map of each image without the image, and on maps of synthetic defects.
+
+    Args:
+        refitted: detector fitted to all images.
+        alone: the detector of :meth:`~f2pad_jax.detectors.AbstractDetector.left_out`, with a scale.
+        normals: images of the fit.
+        seed: seed of the synthetic defects.
+        progress: function that receives stage, number done and total.
+    """
+    maps = maps_of(alone, normals, "maps of normal images", progress)
+    whole, defects = with_calibration(refitted, alone.calibrated), faint_defects(normals, seed)
+    return with_maps(alone, maps, maps_of(whole, defects, "maps of synthetic defects", progress))
+
+
 def _cross_fitted(
     method_fit: Callable[..., D],
     splits: Sequence[tuple[NormalImages, NormalImages]],
-    parts: Sequence[list[int]],
     start: Callable[..., D],
     seed: int,
     progress: Progress,
@@ -144,24 +156,23 @@ def _cross_fitted(
     Args:
         method_fit: function that fits the method to images.
         splits: images of each part, and all other images.
-        parts: indices of the images of each part.
         start: function that gives a detector its scale, from images that it has not seen and from the other images.
         seed: seed of the synthetic defects.
         progress: function that receives stage, number done and total.
     """
-    maps, first, defects = {}, None, None
-    for number, (part, (held_out, others)) in enumerate(zip(parts, splits, strict=True)):
+    maps, first, defects = [], None, None
+    for number, (held_out, others) in enumerate(splits, 1):
 
         def fold_progress(stage: str, done: int, total: int, number: int = number) -> None:
-            progress(f"fold {number + 1} of {len(parts)}: {stage}" if len(parts) > 1 else stage, done, total)
+            progress(f"fold {number} of {len(splits)}: {stage}" if len(splits) > 1 else stage, done, total)
 
         detector = method_fit(others, progress=fold_progress)
         if first is None:
             first = start(detector, held_out, others)
             defects = maps_of(first, faint_defects(held_out, seed), "maps of synthetic defects", fold_progress)
         detector = with_calibration(detector, first.calibrated)
-        maps |= zip(part, maps_of(detector, held_out, "maps of normal images", fold_progress), strict=True)
+        maps.append(maps_of(detector, held_out, "maps of normal images", fold_progress))
     assert first is not None and defects is not None
-    places = {image: place for place, image in enumerate(sorted(maps))}
-    together = [[places[i] for i in part] for part in parts] if len(parts) > 1 else None
-    return with_maps(first, np.stack([maps[i] for i in sorted(maps)]), defects, together)
+    bounds = np.cumsum([0, *map(len, maps)])
+    parts = [range(start, end) for start, end in itertools.pairwise(bounds)] if len(maps) > 1 else None
+    return with_maps(first, np.concatenate(maps), defects, parts)

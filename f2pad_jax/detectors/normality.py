@@ -73,13 +73,6 @@ class Normality(eqx.Module):
         scores, found = (jnp.asarray(np.sort(values), jnp.float32) for values in (scores, found))
         return Normality(mean, spread, scores, found, level)
 
-    def lift(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
-        """Returns the height of a map's median above :attr:`level`; 0 if the image resembles the normal images as a whole.
-
-        Other light, a blurred lens or another batch lifts the whole map. The defect is then sought above the lifted level.
-        """
-        return jnp.maximum(jnp.median(anomaly_map) - self.level, 0)
-
     def score(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
         """Returns the score of an image by its map: :func:`image_score`."""
         return image_score(anomaly_map, self.mean, self.spread)

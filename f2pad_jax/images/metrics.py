@@ -18,25 +18,19 @@ def dice(mask: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "h w"]) -> float
     return float(2 * np.sum(mask & truth) / total) if total else 1.0
 
 
-def best_threshold(maps: Float[np.ndarray, "n *p"], truth: Bool[np.ndarray, "n *p"], *, each: bool = False) -> float:
+def best_threshold(maps: Float[np.ndarray, "n *p"], truth: Bool[np.ndarray, "n *p"]) -> float:
     """Returns the threshold with the best pixel F1 over all images pooled; pixels above the threshold are anomalous.
 
-    This is the paper's protocol for backbones (Section IV-A3). With ``each``, the threshold maximises the mean F1 of the
-    ``n`` images: a small or faint defect then counts as much as a large defect.
+    This is the paper's protocol for backbones (Section IV-A3).
     """
-    rows = len(maps) if each else 1
-    maps, truth = maps.reshape(rows, -1), truth.reshape(rows, -1)
-    order = np.argsort(-maps, axis=1, kind="stable")
-    values, hits = np.take_along_axis(maps, order, axis=1), np.take_along_axis(truth, order, axis=1)
+    order = np.argsort(-maps, axis=None, kind="stable")
+    values, hits = maps.ravel()[order], truth.ravel()[order]
     if not hits.any():
-        return float(values.max())
-    true_positives = np.cumsum(hits, axis=1)
-    f1 = 2 * true_positives / (np.arange(1, hits.shape[1] + 1) + true_positives[:, -1:])
-    gains = np.diff(f1, axis=1, prepend=0)  # change of the image's F1 when the pixel becomes anomalous
-    order = np.argsort(-values, axis=None, kind="stable")
-    values, total = values.ravel()[order], np.cumsum(gains.ravel()[order])
-    total[:-1][values[:-1] == values[1:]] = -1  # no threshold separates equal values
-    best = int(np.argmax(total))
+        return float(values[0])
+    true_positives = np.cumsum(hits)
+    f1 = 2 * true_positives / (np.arange(1, len(hits) + 1) + true_positives[-1])
+    f1[:-1][values[:-1] == values[1:]] = -1  # no threshold separates equal values
+    best = int(np.argmax(f1))
     if best + 1 == values.size:
         return float(np.nextafter(values[best], values.dtype.type(-np.inf)))
     between = values[best + 1] + (values[best] - values[best + 1]) / 2
