@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from f2pad_jax._backend import on_cpu
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.errors import OptionError
+from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import read_image
 from f2pad_jax.images.pixels import to_unit
 from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.inpainting.base import Inpainter
 from f2pad_jax.method.algorithm import Refined, decompose
+from f2pad_jax.method.coarse import Given
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.streaming import _programs as programs
 from f2pad_jax.streaming._buckets import Device
@@ -43,6 +44,8 @@ def refine(
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
     ignore: Bool[Array | np.ndarray, "*b h w"] | None = None,
+    coarse_map: Num[Array | np.ndarray, "*b _h _w"] | None = None,
+    coarse_mask: Bool[Array | np.ndarray, "*b _H _W"] | None = None,
     windows: bool = False,
     lanes: int | None = None,
 ) -> Refined:
@@ -60,6 +63,11 @@ def refine(
             of a normalised image and a region.
         ignore: pixels that do not count, one mask for all images or one for each. The pixels that the detector ignores do
             not count either.
+        coarse_map: anomaly map of each image from elsewhere, of any size and scale, higher where an anomaly is likelier. It
+            takes the place of the detector's map. The detector then only supplies the features that judge n. See
+            :class:`~f2pad_jax.method.coarse.Given` for its levels.
+        coarse_mask: pixels of each image where an anomaly is suspected: a mask of any size, a box, points or a scribble. It
+            takes the place of the map too. An image without such a pixel is good.
         windows: whether each separate part of the suspect region is solved in the smallest window that holds it. Otherwise
             the region is solved in the whole image. Windows are several times faster on a CPU. They depend on the data,
             and a transform such as ``jit`` refuses them. A network whose every feature depends on the whole image is always
@@ -68,21 +76,29 @@ def refine(
             default with ``windows`` is 1 on each core of a CPU, elsewhere as many as the memory holds, at most 64.
 
     Raises:
-        ImageError: the images have a wrong shape, dtype or range.
+        ImageError: the images have a wrong shape, dtype or range, or a coarse map is not finite.
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
-        OptionError: ``lanes`` is less than 1, or ``windows`` are asked for inside a transform.
+        OptionError: ``lanes`` is less than 1; ``windows`` are asked for inside a transform; there are both a coarse map and
+            a coarse mask, or neither for a detector that was fitted without maps of its own.
     """
     _check(lanes)
     constants, unit = (settings or Settings()).traced(), to_unit(images)
     if not windows:
         inpainter = choose(inpaint, detector.calibrated.normals)
         masks = None if ignore is None else jnp.broadcast_to(jnp.asarray(ignore, bool), unit.shape[:-1])
-        return _whole_images(detector, unit, masks, constants, inpainter, lanes or (1 if on_cpu() else LANES))
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((detector, unit, constants, inpaint, ignore))):
+        given = Given.of(detector, coarse_map, coarse_mask)
+        if given is not None and given.values.shape[:-2] != unit.shape[:-3]:
+            raise ImageError(f"coarse maps of shape {given.values.shape} for images of shape {unit.shape}")
+        lanes = lanes or (1 if on_cpu() else LANES)
+        return _whole_images(detector, unit, masks, given, constants, inpainter, lanes)
+    inputs = detector, unit, constants, inpaint, ignore, coarse_map, coarse_mask
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs)):
         raise OptionError("windows depend on the data, and a transform such as jit fixes all shapes; use windows=False")
     batch = unit if unit.ndim == 4 else unit[None]
     options = {"settings": constants, "inpaint": inpaint, "windows": True, "lanes": lanes, "devices": ()}
-    found = refine_many(detector, batch, ignore=ignore, **options)
+    given = {"coarse_map": coarse_map, "coarse_mask": coarse_mask}
+    given = {name: v if v is None or unit.ndim == 4 else v[None] for name, v in given.items()}
+    found = refine_many(detector, batch, ignore=ignore, **given, **options)
     results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     return results if unit.ndim == 4 else jax.tree.map(lambda leaf: leaf[0], results)
 
@@ -92,6 +108,7 @@ def _whole_images(
     detector: AbstractDetector,
     unit: Float[Array, "*b h w 3"],
     ignore: Bool[Array, "*b h w"] | None,
+    given: Given | None,
     settings: Settings,
     inpaint: Inpainter,
     lanes: int,
@@ -99,14 +116,14 @@ def _whole_images(
     # inside a caller's jit the settings are often constants: without the barrier XLA folds them, and rounding changes
     settings = jax.lax.optimization_barrier(settings)
 
-    def one(inputs: tuple[Float[Array, "h w 3"], Bool[Array, "h w"] | None]) -> Refined:
-        image, ignored = inputs
-        return decompose(detector, image, settings, inpaint, ignored)
+    def one(inputs: tuple[Float[Array, "h w 3"], Bool[Array, "h w"] | None, Given | None]) -> Refined:
+        image, ignored, given = inputs
+        return decompose(detector, image, settings, inpaint, ignored, given)
 
     if unit.ndim == 3:
-        return one((unit, ignore))
+        return one((unit, ignore, given))
     # a vmap over one lane would round differently from the image alone
-    return jax.lax.map(one, (unit, ignore), batch_size=lanes if lanes > 1 else None)
+    return jax.lax.map(one, (unit, ignore, given), batch_size=lanes if lanes > 1 else None)
 
 
 def refine_many(
@@ -116,6 +133,8 @@ def refine_many(
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
     ignore: Bool[Array | np.ndarray, "h w"] | Iterable[Bool[Array | np.ndarray, "h w"] | None] | None = None,
+    coarse_map: Iterable[Num[Array | np.ndarray, "_ _"]] | None = None,
+    coarse_mask: Iterable[Bool[Array | np.ndarray, "_ _"]] | None = None,
     windows: bool | None = None,
     lanes: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -131,6 +150,8 @@ def refine_many(
         settings: constants of the method.
         inpaint: inpainter of the first guess, as for ``refine``.
         ignore: pixels that do not count: one mask for all images, or a mask for each image in turn.
+        coarse_map: coarse map of each image in turn, as for ``refine``.
+        coarse_mask: coarse mask of each image in turn, as for ``refine``.
         windows: as for ``refine``; default: True on a CPU, False elsewhere.
         lanes: number of parts solved side by side on each device; on each core, if a CPU is the only device. Default: 1 on
             a CPU, elsewhere as many as the memory holds, at most 64.
@@ -142,7 +163,7 @@ def refine_many(
     Raises:
         ImageError: an image has a wrong shape, dtype or range, or can't be read; the results before it have been yielded.
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
-        OptionError: ``lanes`` is less than 1.
+        OptionError: ``lanes`` is less than 1; or there are not as many masks or maps as images; or as for ``refine``.
     """
     _check(lanes)
     inpainter = choose(inpaint, detector.calibrated.normals)
@@ -166,12 +187,14 @@ def refine_many(
     lanes_each = lanes or (1 if one_lane else max_lanes)
     one_mask = ignore is None or (isinstance(ignore, (np.ndarray, jax.Array)) and ignore.ndim == 2)
 
-    def read(item: tuple[Any, Any]) -> tuple[Any, Any]:
-        image, mask = item
-        return read_image(image) if isinstance(image, (str, Path)) else image, mask
+    def read(item: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Given | None]:
+        image, mask, *given = item
+        image = read_image(image) if isinstance(image, (str, Path)) else image
+        return image, mask, Given.of(detector, *given)
 
+    extras = (itertools.repeat(ignore) if one_mask else ignore), coarse_map, coarse_mask
     yield from stream(
-        ((item, ignore) for item in source) if one_mask else _paired(source, ignore),
+        _together(source, *(itertools.repeat(None) if extra is None else extra for extra in extras)),
         workers,
         read=read,
         most_ahead=AHEAD * lanes_each * len(workers),
@@ -179,12 +202,15 @@ def refine_many(
     )
 
 
-def _paired(source: Iterable[Any], masks: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields each image with its mask of ignored pixels."""
-    for item, mask in itertools.zip_longest(source, masks, fillvalue=_NO_MORE):
-        if item is _NO_MORE or mask is _NO_MORE:
-            raise OptionError("there are not as many masks of ignored pixels as images")
-        yield item, mask
+def _together(source: Iterable[Any], *extras: Any) -> Iterator[tuple[Any, ...]]:
+    """Yields each image with its masks and maps. An endless ``itertools.repeat`` may go on after the last image."""
+    endless = [isinstance(extra, itertools.repeat) for extra in extras]
+    for item, *values in itertools.zip_longest(source, *extras, fillvalue=_NO_MORE):
+        if item is _NO_MORE and all(end or value is _NO_MORE for end, value in zip(endless, values, strict=True)):
+            return
+        if any(value is _NO_MORE for value in (item, *values)):
+            raise OptionError("there are not as many masks or maps as images")
+        yield item, *values
 
 
 def _check(lanes: int | None) -> None:

@@ -1,5 +1,6 @@
 """Files of ``f2pad refine``. Each result is written as soon as it is done, so a stopped run continues where it stopped."""
 
+import functools
 import hashlib
 import json
 import time
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax._version import __version__
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.images.files import read_image, state_of, write_png
+from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, read_image, read_map, state_of, write_png
 from f2pad_jax.images.pictures import overlay
 from f2pad_jax.inpainting._choice import INPAINTERS
 from f2pad_jax.method.algorithm import Refined
@@ -98,6 +99,8 @@ def worker(
     history: bool = False,
     false_alarms: float = 0.05,
     ignore: Path | None = None,
+    maps: Path | None = None,
+    masks: Path | None = None,
 ) -> Work:
     """Returns a function that refines in this process, on all its devices.
 
@@ -109,24 +112,39 @@ def worker(
         history: whether to write the history of each image as well.
         false_alarms: share of good images that may be called defective.
         ignore: picture of the pixels that do not count in any image, or folder with a picture for each image.
+        maps: folder with the coarse map of each image.
+        masks: folder with the coarse mask of each image.
     """
+
+    sources = {"ignore": (ignore, ignored_pixels), "coarse_map": (maps, coarse_map), "coarse_mask": (masks, coarse_mask)}
+    readers = {key: functools.partial(read, source) for key, (source, read) in sources.items() if source is not None}
+    """Functions that read masks and maps by the name of an image's results."""
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
         settings = Settings(false_alarms=false_alarms)
-        masks = None if ignore is None else (ignored_pixels(ignore, name) for _, name in tasks)
-        options = {"settings": settings, "inpaint": inpaint, "lanes": lanes}
-        results = refine_many(detector, [path for path, _ in tasks], ignore=masks, **options)
+        of_images = {key: map(read, [name for _, name in tasks]) for key, read in readers.items()}
+        options = {"settings": settings, "inpaint": inpaint}
+        results = refine_many(detector, [path for path, _ in tasks], lanes=lanes, **of_images, **options)
         for (path, name), result in zip(tasks, results, strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
-                mask = None if ignore is None else ignored_pixels(ignore, name)
-                past = trace(detector, read_image(path), settings=settings, inpaint=inpaint, ignore=mask)
+                past = trace(detector, read_image(path), **{key: read(name) for key, read in readers.items()}, **options)
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
             yield written(path, name, result, inpaint, out)
 
     return work
+
+
+def coarse_map(folder: Path, name: str) -> Float[np.ndarray, "h w"]:
+    """Reads the coarse map of an image."""
+    return read_map(beside(folder, name, MAP_SUFFIXES))
+
+
+def coarse_mask(folder: Path, name: str) -> Bool[np.ndarray, "h w"]:
+    """Reads the coarse mask of an image."""
+    return read_mask(beside(folder, name, SUFFIXES))
 
 
 def ignored_pixels(ignore: Path, name: str) -> Bool[np.ndarray, "h w"] | None:
@@ -140,11 +158,11 @@ def ignored_pixels(ignore: Path, name: str) -> Bool[np.ndarray, "h w"] | None:
     return None if ignore.is_dir() and not file.exists() else read_mask(file)
 
 
-def checksum_of(ignore: Path | None) -> str | None:
-    """Returns a checksum of the pictures of ignored pixels, in hexadecimal; None without pictures."""
-    if ignore is None:
+def checksum_of(source: Path | None) -> str | None:
+    """Returns a checksum of a file, or of all files in a folder, in hexadecimal; None without a source."""
+    if source is None:
         return None
-    files = sorted(ignore.rglob("*.png")) if ignore.is_dir() else [ignore]
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
 
 

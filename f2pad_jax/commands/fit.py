@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_backbone
 from f2pad_jax.commands._console import (
@@ -28,7 +31,7 @@ from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import save_detector
 from f2pad_jax.errors import OptionError
-from f2pad_jax.images.files import read_image
+from f2pad_jax.images.files import MAP_SUFFIXES, beside, read_image, read_map
 from f2pad_jax.tuning import trials_table, tune
 
 _GENERAL = frozenset(inspect.signature(fitting.fit).parameters)
@@ -64,6 +67,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="regular expression of the part of a file's name that names its group, such as '^[^_]+' for 012_3.png; a "
         "group has the images of one photograph or lot, and none judges another (default: no groups)",
     )
+    own = parser.add_mutually_exclusive_group()
+    text = "folder with the map of each image from another detector that has not seen the image, at its relative path: "
+    text += "NAME.npy, .npz, .tif or .png; 'f2pad refine --maps' then has the verdict of these maps"
+    own.add_argument("--maps", type=Path, metavar="DIR", help=text)
+    text = "no maps and no verdict, in a fraction of the time; for 'f2pad refine' with --masks or --maps"
+    own.add_argument("--features-only", action="store_true", help=text)
     add_false_alarms(parser)
     add_seed(parser)
     add_network(parser)
@@ -100,6 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
         "smallest_defect": arguments.smallest_defect,
         "ignore": None if arguments.ignore is None else read_mask(arguments.ignore),
         "border": arguments.border,
+        "coarse_maps": arguments.maps and given_maps(arguments.maps, arguments.normal, paths),
+        "features_only": arguments.features_only,
         "groups": None if arguments.groups is None else grouped(paths, arguments.groups),
         "resume": arguments.out.with_name(f"{arguments.out.name}.partial"),
         "seed": arguments.seed,
@@ -115,9 +126,17 @@ def run(arguments: argparse.Namespace) -> None:
         print(trials_table(trials))
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
     print(described_verdict(detector, arguments.false_alarms))
+    if detector.calibrated.normality is None:
+        return
     chart = arguments.out.with_name(f"{arguments.out.name}.svg")
     write_atomically(chart, score_chart(detector, arguments.false_alarms))
     print(f"{chart} shows the scores of the normal images and of the synthetic defects")
+
+
+def given_maps(folder: Path, images: Path, paths: Sequence[Path]) -> list[Float[np.ndarray, "_ _"]]:
+    """Reads the map of each image."""
+    names = (path.relative_to(images).with_suffix("").as_posix() for path in paths)
+    return [read_map(beside(folder, name, MAP_SUFFIXES)) for name in names]
 
 
 def grouped(paths: Sequence[Path], pattern: str) -> list[str]:

@@ -19,8 +19,8 @@ from f2pad_jax.commands._console import (
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import checksum_of, refine_files, worker
 from f2pad_jax.detectors.saving import load_detector
-from f2pad_jax.errors import ImageError
-from f2pad_jax.images.files import check_images, is_address, list_images
+from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, check_images, is_address, list_images
 from f2pad_jax.images.pictures import figures
 from f2pad_jax.inpainting._choice import INPAINTERS, full_name
 
@@ -53,6 +53,12 @@ def add(commands: Any) -> None:
         help="picture of the pixels that do not count, white: one for all images, or a folder with a picture NAME.png for "
         "each image that needs one (default: all pixels count)",
     )
+    given = parser.add_mutually_exclusive_group()
+    text = "folder with the coarse map of each image from another detector, at the image's relative path: NAME.npy, .npz, "
+    text += ".tif or .png; its levels are those of 'f2pad fit --maps', else each map's own"
+    given.add_argument("--maps", type=Path, metavar="DIR", help=text)
+    text = "folder with a mask NAME.png of the suspect pixels of each image: boxes, points or scribbles, white"
+    given.add_argument("--masks", type=Path, metavar="DIR", help=text)
     add_false_alarms(parser)
     parser.add_argument(
         "--lanes",
@@ -80,13 +86,21 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.history:
         figures()  # raises the error of a missing matplotlib before the first image, not after it
     inpaint, out = full_name(arguments.inpaint), arguments.out
-    ignore = arguments.ignore and arguments.ignore.absolute()
-    if ignore is not None and not ignore.exists():
-        raise ImageError(f"{ignore}: no such file or folder")
+    given = {
+        name: path and path.absolute() for name, path in vars(arguments).items() if name in ("ignore", "maps", "masks")
+    }
+    for path in given.values():
+        if path is not None and not path.exists():
+            raise ImageError(f"{path}: no such file or folder")
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(arguments.images)
     names = result_names([relative for _, relative in found])
     check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
+    for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
+        for name in names if folder else ():
+            beside(folder, name, suffixes)  # names a missing file before the first image is refined
+    if given["maps"] is None and given["masks"] is None and detector.calibrated.maps != "own":
+        raise OptionError(f"{arguments.model} has no maps of its own; give --maps or --masks")
     make_folder(out)
     use_compilation_cache()
     print(COMPILING)
@@ -95,14 +109,14 @@ def run(arguments: argparse.Namespace) -> None:
         "lanes": arguments.lanes,
         "history": arguments.history,
         "false_alarms": arguments.false_alarms,
-        "ignore": ignore,
+        **given,
     }
     if arguments.ray is None:
         work = worker(detector, out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
     recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
-    recipe["ignore"] = checksum_of(ignore)
+    recipe |= {name: checksum_of(path) for name, path in given.items()}
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress)

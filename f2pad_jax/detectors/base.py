@@ -3,7 +3,7 @@
 import abc
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -125,6 +125,8 @@ class Calibration(eqx.Module):
     """Pixels of every image that do not count; None: all pixels count."""
     normality: Normality | None = None
     """Distribution of the maps of normal images; None: an image is defective if a pixel exceeds ``threshold``."""
+    maps: Literal["own", "given", "none"] = eqx.field(static=True, default="own")
+    """Origin of the maps that gave the levels, static: the detector, another detector, or no maps."""
 
 
 class AbstractDetector(eqx.Module):

@@ -51,12 +51,12 @@ def calibrate(
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
     """
-    detector = scaled(detector, images, others, num_components, num_exemplars, seed, progress)
+    detector = with_scale(detector, images, others, num_components, num_exemplars, seed, progress)
     defects = maps_of(detector, faint_defects(images, seed), "maps of synthetic defects", progress)
     return with_maps(detector, maps_of(detector, images, "maps of normal images", progress), defects)
 
 
-def scaled(
+def with_scale(
     detector: D,
     images: NormalImages,
     others: NormalImages | None,
@@ -117,8 +117,8 @@ def maps_of(
 
 def with_maps(
     detector: D,
-    maps: Float16[np.ndarray, "n h w"],
-    defects: Float16[np.ndarray, "k h w"],
+    maps: Float[np.ndarray, "n h w"],
+    defects: Float[np.ndarray, "k h w"],
     parts: Sequence[Sequence[int]] | None = None,
 ) -> D:
     """Returns the detector with ordinary level, threshold and normality, from maps of images that no fit had seen.

@@ -1,5 +1,6 @@
 """Fitting of any method to normal images: hold-out, calibration and refit, without a label."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -7,15 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from f2pad_jax.backbones.backbone import Backbone, find_network, load_backbone
 from f2pad_jax.detectors.base import NormalImages
-from f2pad_jax.detectors.calibration import D, faint_defects, maps_of, scaled, with_calibration, with_maps
+from f2pad_jax.detectors.calibration import D, faint_defects, maps_of, with_calibration, with_maps, with_scale
 from f2pad_jax.detectors.normality import folds
 from f2pad_jax.detectors.resolution import detector_size, ignored_pixels, peeked
 from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.images._views import scaled
 from f2pad_jax.progress import Progress, silent
 
 Adjust = Callable[[D, NormalImages, NormalImages], D]
@@ -33,6 +36,8 @@ def fit(
     groups: Sequence[Hashable] | None = None,
     ignore: Bool[np.ndarray, "H W"] | None = None,
     border: int = 0,
+    coarse_maps: Iterable[Num[np.ndarray | Array, "_ _"]] | None = None,
+    features_only: bool = False,
     num_components: int = 6,
     num_exemplars: int = 16,
     adjust: Adjust | None = None,
@@ -48,7 +53,8 @@ def fit(
     them. These maps give the threshold and the false-alarm rates. The first part gives the scale of the scores. The
     detector itself is fitted to all images. Methods with a long training are fitted once, to four parts
     (``refits = False``). PaDiM with full covariances is fitted once, to all images: a formula gives the map of each image
-    without it (:meth:`~f2pad_jax.detectors.AbstractDetector.left_out`).
+    without it (:meth:`~f2pad_jax.detectors.AbstractDetector.left_out`). With ``coarse_maps`` or ``features_only``, any
+    method is fitted once, to four parts.
 
     Args:
         method: class of the detector, such as :class:`~f2pad_jax.detectors.PatchCore`, or one of your own.
@@ -64,6 +70,10 @@ def fit(
         ignore: pixels that do not count, in the fit and in every later image; a mask of any size, for example of a
             label's place. Default: all pixels count.
         border: width of a frame that does not count, pixels of the images.
+        coarse_maps: anomaly map of each image from another detector that has not seen the image, of any size. The verdict
+            and the levels are then the other detector's, and later images need ``coarse_map``.
+        features_only: whether later images bring their coarse maps or masks. The fit then has no verdict, and it takes a
+            fraction of the time.
         num_components: largest number of Gaussians of the pixel prior.
         num_exemplars: largest number of training images kept for the inpainter.
         adjust: function that improves the calibration before the refit; :func:`f2pad_jax.tune` passes one.
@@ -76,7 +86,7 @@ def fit(
     Raises:
         ImageError: there are fewer than two images, an image can't be used, or the size does not suit the backbone.
         OptionError: both ``size`` and ``smallest_defect`` are given, or one of them is not positive; or there is only one
-            group, or not a group for each image; or all pixels are ignored.
+            group, or not a group for each image; or all pixels are ignored; or there is not a coarse map for each image.
         CheckpointError: the backbone's weights are missing.
     """
     if size is not None and smallest_defect is not None:
@@ -107,10 +117,19 @@ def fit(
     parts = folds(len(normals), seed, groups=groups)
     if len(parts) == 1:
         raise OptionError("all images are in one group; give at least two groups, or none")
-    parts = parts if method.refits else parts[:1]
+    own_maps = coarse_maps is None and not features_only
+    parts = parts if method.refits and own_maps else parts[:1]
     splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
-    start = partial(scaled, num_components=num_components, num_exemplars=num_exemplars, seed=seed, progress=progress)
+    start = partial(with_scale, num_components=num_components, num_exemplars=num_exemplars, seed=seed, progress=progress)
     method_fit = partial(method.fit, backbone=backbone, seed=seed, **options)
+    if not own_maps:
+        if adjust is not None:
+            raise OptionError("tuning needs the detector's own maps")
+        detector = start(method_fit(splits[0][1], progress=progress), *splits[0])
+        maps = None if coarse_maps is None else _resized(coarse_maps, len(normals), size)
+        detector = detector if maps is None else with_maps(detector, maps, maps[:0])
+        origin = "none" if maps is None else "given"
+        return with_calibration(detector, dataclasses.replace(detector.calibrated, maps=origin))
     refitted = method_fit(normals, progress=progress) if method.refits else None
     alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
     if refitted is None or alone is None:
@@ -127,6 +146,14 @@ def fit(
     if resume and method.resumable:
         Path(resume).unlink(missing_ok=True)
     return detector
+
+
+def _resized(maps: Iterable[Num[np.ndarray | Array, "_ _"]], count: int, size: Sequence[int]) -> Float[np.ndarray, "n h w"]:
+    """Returns maps at the detector's size; there must be ``count`` of them."""
+    found = [np.asarray(scaled(jnp.asarray(m, jnp.float32), (size[0], size[1]))) for m in maps]
+    if len(found) != count:
+        raise OptionError(f"{len(found)} coarse maps for {count} images: give the map of each image")
+    return np.stack(found)
 
 
 def _left_out(refitted: D, alone: D, normals: NormalImages, seed: int, progress: Progress) -> D:

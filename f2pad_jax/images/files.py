@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.errors import ImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MAP_SUFFIXES = (".npy", ".npz", ".tif", ".tiff", ".png")
+"""Endings of files of maps, the first choice first."""
 MIN_SIDE = 16
 """Smallest height or width of an image, pixels."""
 
@@ -52,6 +55,40 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     if min(array.shape[:2]) < MIN_SIDE:
         raise ImageError(f"{path}: {array.shape[1]}x{array.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
     return array
+
+
+def read_map(path: str | Path) -> Float[np.ndarray, "h w"]:
+    """Reads a map of any scale: an array file with one array, or a grey picture with 8, 16 or 32 bits.
+
+    Raises:
+        ImageError: the file is missing or damaged, or holds no array with two dimensions.
+    """
+    try:
+        if str(path).endswith((".npy", ".npz")):
+            found = np.load(path, allow_pickle=False)
+            arrays = [found] if isinstance(found, np.ndarray) else list(found.values())
+        else:
+            with PIL.Image.open(path) as picture:
+                arrays = [np.asarray(picture.convert("L") if picture.mode == "1" else picture)]
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{path}: no map that can be read ({error})") from None
+    if len(arrays) != 1 or arrays[0].ndim != 2 or arrays[0].dtype.kind not in "biuf":
+        raise ImageError(f"{path}: expected one array of numbers (h, w), or a grey picture")
+    return arrays[0].astype(np.float32)
+
+
+def beside(folder: Path, name: str, suffixes: Sequence[str]) -> Path:
+    """Returns the file of a folder that belongs to an image: its name with the first of ``suffixes`` that exists.
+
+    Raises:
+        ImageError: there is no such file.
+    """
+    for suffix in suffixes:
+        if (path := folder / f"{name}{suffix}").exists():
+            return path
+    raise ImageError(f"{folder}: no file {name} with one of the endings {' '.join(suffixes)}")
 
 
 def is_address(path: str | Path) -> bool:

@@ -17,7 +17,7 @@ from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.images._views import scaled, scaled_mask, size_of
 from f2pad_jax.images.pixels import denormalise, normalise
 from f2pad_jax.inpainting.base import Inpainter
-from f2pad_jax.method.coarse import Coarse, look
+from f2pad_jax.method.coarse import Coarse, Given, look
 from f2pad_jax.method.decision import Evidence
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.method.window import Window
@@ -39,7 +39,7 @@ class Refined(eqx.Module):
     anomaly: Float[Array | np.ndarray, "*b h w 3"]
     """Anomaly a = x - n, in -1..1."""
     coarse_map: Float[Array | np.ndarray, "*b h w"]
-    """Anomaly map of the detector, in units of the mean score of normal images."""
+    """Anomaly map of the detector in units of the mean score of normal images, or the map given in its place."""
     coarse_mask: Bool[Array | np.ndarray, "*b h w"]
     """Coarse mask m0: the map above the detector's threshold."""
     region: Bool[Array | np.ndarray, "*b h w"]
@@ -227,9 +227,13 @@ def decompose(
     settings: Settings,
     inpaint: Inpainter,
     ignored: Bool[Array, "h w"] | None = None,
+    given: Given | None = None,
 ) -> Refined:
-    """Runs Algorithm 1 on a whole image in 0..1, as one traceable function; ``ignored`` pixels do not count."""
-    coarse = look(detector, image, settings, ignored)
+    """Runs Algorithm 1 on a whole image in 0..1, as one traceable function.
+
+    ``ignored`` pixels do not count. A ``given`` map takes the place of the detector's.
+    """
+    coarse = look(detector, image, settings, ignored, given)
     blank = untouched(image, coarse)
     covered = blank.outcome == Outcome.COVERS_IMAGE
     window = Window.around(detector, image, coarse, coarse.region & ~covered)

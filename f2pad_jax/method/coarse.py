@@ -1,15 +1,72 @@
-"""The coarse stage: anomaly map, coarse mask m0 and suspect region."""
+"""The coarse stage: anomaly map, coarse mask m0 and suspect region, of the detector or from elsewhere."""
+
+import dataclasses
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Num
 
 from f2pad_jax.detectors.base import AbstractDetector, counted
+from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images._morphology import dilate, filled, reached
-from f2pad_jax.images._views import scaled_mask
+from f2pad_jax.images._views import scaled, scaled_mask
 from f2pad_jax.images.pixels import Scalar, normalise, resized
 from f2pad_jax.method.settings import Settings
+
+
+class Given(eqx.Module):
+    """Coarse map or coarse mask from elsewhere, in place of the detector's own map. A batch adds a leading axis."""
+
+    values: Float[Array, "*b _h _w"]
+    """Values of the map, higher where an anomaly is likelier; of a mask, 0 and 1."""
+    is_mask: bool = eqx.field(static=True, default=False)
+    """Whether the values are a mask, static."""
+
+    @staticmethod
+    def of(
+        detector: AbstractDetector,
+        coarse_map: Num[Array | np.ndarray, "*b _h _w"] | None,
+        coarse_mask: Bool[Array | np.ndarray, "*b _H _W"] | None,
+    ) -> "Given | None":
+        """Returns the map or the mask; None if there is neither.
+
+        Raises:
+            OptionError: there are both, or neither for a detector that was fitted without maps of its own.
+            ImageError: the map has values that are not finite.
+        """
+        if coarse_map is not None and coarse_mask is not None:
+            raise OptionError("give a coarse map or a coarse mask, not both")
+        if coarse_mask is not None:
+            return Given(jnp.asarray(coarse_mask, jnp.float32), is_mask=True)
+        if coarse_map is not None:
+            values = jnp.asarray(coarse_map, jnp.float32)
+            if not isinstance(values, Tracer) and not np.isfinite(values).all():
+                raise ImageError("the coarse map has values that are not finite")
+            return Given(values)
+        if detector.calibrated.maps != "own":
+            raise OptionError("this detector has no maps of its own; give the coarse map or coarse mask of each image")
+        return None
+
+    def read_by(self, detector: AbstractDetector) -> tuple[Float[Array, "h w"], AbstractDetector]:
+        """Returns the map at the detector's size, and the detector with the levels of this map.
+
+        The levels are the detector's if it was fitted with coarse maps of normal images. Otherwise the map runs from 0, its
+        median, to 1, its maximum, and pixels above 0.5 are anomalous. A mask is such a map.
+        """
+        c = detector.calibrated
+        if self.is_mask:
+            values = scaled_mask(self.values > 0.5, detector.size, 1e-3).astype(jnp.float32)
+        else:
+            values = scaled(self.values, detector.size)
+            if c.maps == "given":
+                return values, detector
+            values = values - jnp.median(values)
+            values = values / jnp.maximum(jnp.max(values), 1e-12)
+        own = dataclasses.replace(c, ordinary=jnp.zeros(()), threshold=jnp.full((), 0.5), normality=None)
+        return values, dataclasses.replace(detector, calibration=own)
 
 
 class Coarse(eqx.Module):
@@ -18,7 +75,7 @@ class Coarse(eqx.Module):
     x: Float[Array, "h w 3"]
     """Image in normalised intensity."""
     anomaly_map: Float[Array, "h w"]
-    """Map of the detector, in units of the mean score of normal images."""
+    """Map of the detector in units of the mean score of normal images, or the map given in its place."""
     excess: Float[Array, "h w"]
     """Map on a linear scale: 0 at the level of normal images or below, 1 at the border of m0, more inside m0."""
     threshold: Float[Array, ""]
@@ -49,12 +106,17 @@ def look(
     image: Float[Array, "h w 3"],
     settings: Settings,
     ignored: Bool[Array, "_H _W"] | None = None,
+    given: Given | None = None,
 ) -> Coarse:
-    """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1; ``ignored`` pixels do not count."""
+    """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1.
+
+    ``ignored`` pixels do not count. A ``given`` map takes the place of the detector's.
+    """
     x = normalise(resized(image, detector.size))
     masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
     ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size, 1e-3) for m in masks]), axis=0) if masks else None
-    anomaly_map = counted(detector.anomaly_map(x), ignored)
+    anomaly_map, detector = (detector.anomaly_map(x), detector) if given is None else given.read_by(detector)
+    anomaly_map = counted(anomaly_map, ignored)
     excess, threshold = detector.excess(anomaly_map)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)
     region = suspect_region(excess, threshold, settings.hysteresis, settings.dilation)

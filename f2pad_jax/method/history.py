@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import ImageError, OptionError
@@ -18,7 +18,7 @@ from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.inpainting.base import Inpainter
 from f2pad_jax.method._tiling import WINDOWS, crop_size, window_size
 from f2pad_jax.method.algorithm import start, untouched
-from f2pad_jax.method.coarse import look
+from f2pad_jax.method.coarse import Given, look
 from f2pad_jax.method.decision import Evidence
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.method.window import Window
@@ -92,6 +92,8 @@ def history(
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
     ignore: Bool[Array | np.ndarray, "h w"] | None = None,
+    coarse_map: Num[Array | np.ndarray, "_h _w"] | None = None,
+    coarse_mask: Bool[Array | np.ndarray, "_H _W"] | None = None,
     every: int = 10,
 ) -> History:
     """Solves for the mask of one image, like :func:`f2pad_jax.refine`, and records the steps.
@@ -104,18 +106,21 @@ def history(
         settings: constants of the method.
         inpaint: inpainter of the first guess, as for ``refine``.
         ignore: pixels that do not count.
+        coarse_map: coarse map from elsewhere, as for ``refine``.
+        coarse_mask: coarse mask from elsewhere, as for ``refine``.
         every: steps between two recorded normal images and masks.
 
     Raises:
         ImageError: several images, or an image that ``refine`` refuses.
-        OptionError: ``every`` is less than 1.
+        OptionError: ``every`` is less than 1; or as for ``refine``.
     """
     if every < 1:
         raise OptionError(f"every={every}: at least 1 is needed")
     settings, unit = (settings or Settings()).traced(), to_unit(image)
     if unit.ndim == 4:
         raise ImageError("a history records one image: pass images one at a time")
-    coarse = look(detector, unit, settings, None if ignore is None else jnp.asarray(ignore, bool))
+    ignored, given = None if ignore is None else jnp.asarray(ignore, bool), Given.of(detector, coarse_map, coarse_mask)
+    coarse = look(detector, unit, settings, ignored, given)
     region = np.asarray(coarse.region)
     if not region.any() or coarse.covered:
         blank = untouched(unit, coarse)

@@ -176,21 +176,21 @@ class Device(Worker):
         """Number of parts that are not done."""
         return sum(bucket.load for bucket in self.buckets.values())
 
-    def take(self, number: int, image: tuple[Any, Any]) -> list[tuple[int, Refined]]:
+    def take(self, number: int, image: tuple[Any, Any, Any]) -> list[tuple[int, Refined]]:
         """Runs the coarse stage on an image and queues its parts; returns the result if there is nothing to solve.
 
-        ``image`` is a pair: the image, and the mask of its pixels that do not count, or None.
+        ``image`` has the pixels, the mask of the pixels that do not count or None, and a coarse map from elsewhere or None.
 
         Raises:
             ImageError: the image has a wrong shape, dtype or range.
         """
         with jax.default_device(self.device):
-            s, (pixels, mask) = self.setup, image
+            s, (pixels, mask, given) = self.setup, image
             mask = None if mask is None else jnp.asarray(mask, bool)
-            unit, ignored = programs.on_device(self.device, (to_unit(pixels), mask))
+            unit, ignored, given = programs.on_device(self.device, (to_unit(pixels), mask, given))
             if unit.ndim != 3:
                 raise ImageError(f"an image of the stream has shape {unit.shape}; give images one at a time")
-            coarse = s.call(programs.look, s.detector, unit, s.settings, ignored)
+            coarse = s.call(programs.look, s.detector, unit, s.settings, ignored, given)
             job = Job(number, unit, coarse, untouched(unit, coarse))
             region, full = np.asarray(coarse.region), size_of(unit)
             if not region.any() or coarse.covered:

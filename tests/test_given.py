@@ -1,0 +1,166 @@
+"""Coarse maps and masks from elsewhere: another detector, a box, points, a scribble."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.ndimage
+from conftest import SIZE
+
+from f2pad_jax import Outcome, fit, history, load_detector, refine, refine_many, save_detector
+from f2pad_jax.commands import main
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.detectors.calibration import with_calibration
+from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.images.files import read_map
+from f2pad_jax.images.metrics import iou
+
+
+@pytest.fixture(scope="module")
+def featured(texture, shallow_backbone):
+    """Detector with features only."""
+    return fit(PatchCore, texture.train, shallow_backbone, size=SIZE, features_only=True)
+
+
+def loose_box(truth, margin=8):
+    """Returns the bounding box of a defect, wider by a margin."""
+    box = np.zeros_like(truth)
+    rows, columns = (np.flatnonzero(truth.any(axis=axis)) for axis in (1, 0))
+    box[max(rows[0] - margin, 0) : rows[-1] + margin, max(columns[0] - margin, 0) : columns[-1] + margin] = True
+    return box
+
+
+def test_a_loose_box_becomes_a_mask_of_the_defect(featured, texture):
+    boxes = [loose_box(test.mask) for test in texture.test]
+    found = list(refine_many(featured, [test.image for test in texture.test], coarse_mask=boxes))
+    before = np.mean([iou(box, test.mask) for box, test in zip(boxes, texture.test, strict=True)])
+    after = np.mean([iou(r.mask, test.mask) for r, test in zip(found, texture.test, strict=True)])
+    assert after > before + 0.3 and after > 0.5  # at 96 pixels, with six normal images
+    for result, box in zip(found, boxes, strict=True):
+        assert result.defective and np.isnan(result.p_value) and (result.coarse_mask == box).all()
+
+
+def test_without_a_suspect_pixel_an_image_is_good(featured, texture):
+    (result,) = refine_many(featured, [texture.train[0]], coarse_mask=[np.zeros((SIZE, SIZE), bool)])
+    assert not result.defective and not result.mask.any() and result.outcome == Outcome.NOTHING_TO_REFINE
+    (result,) = refine_many(featured, [texture.train[0]], coarse_map=[np.full((5, 7), 3.0)])
+    assert not result.defective and not result.mask.any()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 255.0])
+def test_a_map_of_any_size_and_scale_has_the_levels_of_its_image(featured, texture, scale):
+    test = texture.test[0]
+    heat = scipy.ndimage.gaussian_filter(test.mask.astype(np.float32), 3)[::2, ::2]
+    (result,) = refine_many(featured, [test.image], coarse_map=[scale * heat - 7])
+    assert result.defective and iou(result.coarse_mask, test.mask) > 0.6
+    assert result.coarse_map.shape == test.mask.shape and abs(result.coarse_map.max() - 1) < 0.05
+
+
+def test_maps_of_normal_images_give_the_verdict(texture, shallow_backbone, tmp_path):
+    """... in the units of the other detector, and the model file keeps them."""
+    rng = np.random.default_rng(0)
+    maps = [100 + rng.normal(0, 1, (12, 12)) for _ in texture.train]
+    detector = fit(PatchCore, texture.train, shallow_backbone, size=SIZE, coarse_maps=maps)
+    save_detector(tmp_path / "model", detector)
+    image, other = texture.test[0].image, 100 + rng.normal(0, 1, (12, 12))
+    blob = scipy.ndimage.gaussian_filter(texture.test[0].mask.astype(np.float32), 4)
+    found = 100 + 20 * blob[4::8, 4::8]
+    good, bad = refine_many(load_detector(tmp_path / "model"), [image, image], coarse_map=[other, found])
+    assert not good.defective and bad.defective and bad.p_value < 0.05
+    assert bad.coarse_map.min() > 95 and bad.mask.any()
+
+
+def test_a_jit_program_takes_the_map_too(featured, texture):
+    images, boxes = np.stack([t.image for t in texture.test[:2]]), np.stack([loose_box(t.mask) for t in texture.test[:2]])
+    found = jax.jit(lambda d, i, m: refine(d, i, coarse_mask=m))(featured, images, boxes)
+    for i in range(2):
+        assert iou(np.asarray(found.mask[i]), texture.test[i].mask) > iou(boxes[i], texture.test[i].mask)
+    alone = refine(featured, images[0], coarse_mask=boxes[0], windows=True)
+    past = history(featured, images[0], coarse_mask=boxes[0])
+    assert iou(np.asarray(alone.mask), past.masks[-1]) > 0.99
+
+
+def test_the_own_map_of_a_detector_given_back_to_it_changes_nothing(detector, texture):
+    own = refine(detector, texture.test[0].image, windows=True)
+    units = with_calibration(detector, dataclasses.replace(detector.calibrated, maps="given"))
+    again = refine(units, texture.test[0].image, windows=True, coarse_map=own.coarse_map)
+    np.testing.assert_array_equal(own.mask, again.mask)
+    np.testing.assert_allclose(own.score, again.score, rtol=1e-4)
+
+
+def test_errors_name_what_is_missing(featured, detector, texture, shallow_backbone):
+    image, heat = texture.test[0].image, np.zeros((8, 8))
+    with pytest.raises(OptionError, match="no maps of its own"):
+        refine(featured, image)
+    with pytest.raises(OptionError, match="no maps of its own"):
+        list(refine_many(featured, [image]))
+    with pytest.raises(OptionError, match="not both"):
+        refine(detector, image, coarse_map=heat, coarse_mask=heat > 0)
+    with pytest.raises(ImageError, match="not finite"):
+        refine(detector, image, coarse_map=heat + np.nan)
+    with pytest.raises(ImageError, match="coarse maps of shape"):
+        refine(detector, image, coarse_map=heat[None])
+    with pytest.raises(OptionError, match="not as many masks or maps"):
+        list(refine_many(detector, [image, image], coarse_map=[heat]))
+    with pytest.raises(OptionError, match="not as many masks or maps"):
+        list(refine_many(detector, [image], coarse_map=[heat, heat]))
+    with pytest.raises(OptionError, match="1 coarse maps for"):
+        fit(PatchCore, texture.train, shallow_backbone, size=SIZE, coarse_maps=[heat])
+
+
+@pytest.fixture(scope="module")
+def folders(texture, tmp_path_factory):
+    """Folders of normal images, of two test images, and of loose boxes."""
+    root = tmp_path_factory.mktemp("given")
+    pictures = {f"normal/{i}.png": image for i, image in enumerate(texture.train)}
+    for i, test in enumerate(texture.test[:2]):
+        pictures |= {f"test/{i}.png": test.image, f"masks/{i}.png": 255 * loose_box(test.mask).astype(np.uint8)}
+    for name, picture in pictures.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(picture).save(root / name)
+    return root
+
+
+def test_boxes_on_the_command_line(folders, texture, capsys):
+    small = ["--size", str(SIZE), "--layers", "stage2", "stage3"]
+    model, out = str(folders / "model"), folders / "out"
+    assert main(["fit", str(folders / "normal"), "--out", model, "--features-only", *small]) == 0
+    assert "no false-alarm rate" in capsys.readouterr().out
+    refining = ["refine", model, str(folders / "test"), "--out", str(out)]
+    assert main(refining) == 2 and "give --maps or --masks" in capsys.readouterr().err
+    assert main([*refining, "--masks", str(folders / "masks")]) == 0
+    for i, test in enumerate(texture.test[:2]):
+        mask = np.asarray(PIL.Image.open(out / f"{i}_mask.png")) > 0
+        assert iou(mask, test.mask) > iou(loose_box(test.mask), test.mask)
+    assert [r["verdict"] for r in json.loads((out / "results.json").read_text())["images"]] == ["defective"] * 2
+    assert main([*refining, "--maps", str(folders / "masks")]) == 0  # a map of 0 and 255 has the levels of its image
+    (folders / "masks" / "1.png").rename(folders / "masks" / "2.png")
+    assert main([*refining, "--masks", str(folders / "masks")]) == 2 and "no file 1 with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".tif", ".png"])
+def test_a_map_is_read_with_all_its_digits(suffix, tmp_path):
+    values, path = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000, tmp_path / f"map{suffix}"
+    if suffix == ".npz":
+        np.savez(path, values)
+    elif suffix == ".npy":
+        np.save(path, values.astype(np.float64) / 7)
+    else:
+        PIL.Image.fromarray(values.astype(np.float32) / 7 if suffix == ".tif" else values).save(path)
+    np.testing.assert_allclose(read_map(path), values / (7 if suffix in (".npy", ".tif") else 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", "colour", "stack"])
+def test_bad_maps_are_refused(content, tmp_path):
+    path = tmp_path / ("map.npy" if content == "stack" else "map.png")
+    if content == "stack":
+        np.save(path, np.zeros((2, 5, 7)))
+    elif content == "colour":
+        PIL.Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ImageError):
+        read_map(path)
