@@ -25,7 +25,7 @@ ORDER = (
     ("solvers",),
     ("method",),
     ("streaming",),
-    ("refinement",),
+    ("refinement", "regions"),
     ("tuning",),
     ("evaluation",),
     ("commands",),

@@ -131,11 +131,18 @@ def test_boxes_on_the_command_line(folders, texture, capsys):
     assert "no false-alarm rate" in capsys.readouterr().out
     refining = ["refine", model, str(folders / "test"), "--out", str(out)]
     assert main(refining) == 2 and "give --maps or --masks" in capsys.readouterr().err
-    assert main([*refining, "--masks", str(folders / "masks")]) == 0
+    exporting = ["--export", "coco", "yolo", "--mm-per-pixel", "0.5", "--min-area", "30"]
+    assert main([*refining, "--masks", str(folders / "masks"), *exporting]) == 0
     for i, test in enumerate(texture.test[:2]):
         mask = np.asarray(PIL.Image.open(out / f"{i}_mask.png")) > 0
         assert iou(mask, test.mask) > iou(loose_box(test.mask), test.mask)
-    assert [r["verdict"] for r in json.loads((out / "results.json").read_text())["images"]] == ["defective"] * 2
+    records = json.loads((out / "results.json").read_text())["images"]
+    assert [r["verdict"] for r in records] == ["defective"] * 2
+    regions = [region for record in records for region in record["regions"]]
+    assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(regions) >= 2
+    assert all(r["area"] >= 30 and r["area_mm2"] == r["area"] / 4 for r in regions)
+    assert len((out / "regions.csv").read_text().splitlines()) == 1 + len(regions)
+    assert sum(r["area"] for r in records[1]["regions"]) == records[1]["anomalous_pixels"] == mask.sum()
     assert main([*refining, "--maps", str(folders / "masks")]) == 0  # a map of 0 and 255 has the levels of its image
     (folders / "masks" / "1.png").rename(folders / "masks" / "2.png")
     assert main([*refining, "--masks", str(folders / "masks")]) == 2 and "no file 1 with" in capsys.readouterr().err

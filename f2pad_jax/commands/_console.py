@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -125,6 +126,17 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse writes "invalid whole number value"
     return number
+
+
+def positive(text: str) -> float:
+    """Parses an argument that is a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+positive.__name__ = "number"
 
 
 def make_folder(path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -23,6 +23,7 @@ from f2pad_jax.method.history import history as trace
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.progress import Progress
 from f2pad_jax.refinement import refine_many
+from f2pad_jax.regions.measure import described, find_regions, mask_of
 from f2pad_jax.solvers.loop import Outcome
 
 Task = tuple[Path | str, str]
@@ -31,6 +32,21 @@ Record = dict[str, Any]
 """Figures of one image and the names of its files, as ``results.json`` has them."""
 Work = Callable[[Sequence[Task]], Iterator[Record]]
 """Function that refines images, writes their files, and yields a record of each, in any order."""
+
+
+class Reported(NamedTuple):
+    """Regions that a result has, and the scale of their lengths."""
+
+    min_area: float = 0.0
+    """Least number of pixels."""
+    min_score: float = 0.0
+    """Least height of the coarse map."""
+    mm_per_pixel: float | None = None
+    """Side of a pixel, mm; None: no lengths in millimetres."""
+
+
+ALL = Reported()
+"""All regions, in pixels."""
 
 
 def refine_files(
@@ -101,6 +117,7 @@ def worker(
     ignore: Path | None = None,
     maps: Path | None = None,
     masks: Path | None = None,
+    reported: Reported = ALL,
 ) -> Work:
     """Returns a function that refines in this process, on all its devices.
 
@@ -114,8 +131,8 @@ def worker(
         ignore: picture of the pixels that do not count in any image, or folder with a picture for each image.
         maps: folder with the coarse map of each image.
         masks: folder with the coarse mask of each image.
+        reported: regions that the results have.
     """
-
     sources = {"ignore": (ignore, ignored_pixels), "coarse_map": (maps, coarse_map), "coarse_mask": (masks, coarse_mask)}
     readers = {key: functools.partial(read, source) for key, (source, read) in sources.items() if source is not None}
     """Functions that read masks and maps by the name of an image's results."""
@@ -132,7 +149,7 @@ def worker(
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
-            yield written(path, name, result, inpaint, out)
+            yield written(path, name, result, inpaint, out, reported)
 
     return work
 
@@ -166,23 +183,29 @@ def checksum_of(source: Path | None) -> str | None:
     return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
 
 
-def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path) -> Record:
+def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path, reported: Reported) -> Record:
     """Writes the mask, the restored image and the overlay of an image, and returns its record."""
-    outcome = Outcome(int(result.outcome))
+    outcome, found = Outcome(int(result.outcome)), find_regions(result)
+    kept = [region for region in found if region.area >= reported.min_area and region.score >= reported.min_score]
+    height, width = result.mask.shape
+    mask = mask_of(kept, (height, width))
     files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}
-    write_png(out / files["mask"], np.asarray(result.mask))
+    write_png(out / files["mask"], mask)
     write_png(out / files["normal"], np.asarray(result.normal))
-    write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), np.asarray(result.mask)))
+    write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), mask))
     return {
         "image": str(path),
+        "name": name,
+        "height": height,
+        "width": width,
         "file": state_of(path),
         **files,
         "verdict": "defective" if result.defective else "good",
         "score": round(float(result.score), 4),
         "p_value": float(f"{float(result.p_value):.3g}") if np.isfinite(result.p_value) else None,
         "unlike_normals": bool(result.unlike),
-        "anomalous_pixels": int(result.mask.sum()),
-        "anomalous_share": float(result.mask.mean()),
+        "anomalous_pixels": int(mask.sum()),
+        "anomalous_share": float(mask.mean()),
         "coarse_share": float(result.coarse_mask.mean()),
         "max_score": float(result.coarse_map.max()),
         "inpainter": inpainter,
@@ -191,4 +214,6 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "objective": float(result.objective),
         "outcome": outcome.name.lower(),
         "message": outcome.message,
+        "dropped_regions": len(found) - len(kept),
+        "regions": [described(region, (height, width), reported.mm_per_pixel) for region in kept],
     }

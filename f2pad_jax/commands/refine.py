@@ -12,17 +12,20 @@ from f2pad_jax.commands._console import (
     COMPILING,
     add_command,
     add_false_alarms,
+    at_least,
     make_folder,
+    positive,
     shown_progress,
     use_compilation_cache,
 )
 from f2pad_jax.commands._ray import ray_workers
-from f2pad_jax.commands._refine_files import checksum_of, refine_files, worker
+from f2pad_jax.commands._refine_files import Reported, checksum_of, refine_files, worker
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, check_images, is_address, list_images
 from f2pad_jax.images.pictures import figures
 from f2pad_jax.inpainting._choice import INPAINTERS, full_name
+from f2pad_jax.regions.formats import FORMATS, write_tables
 
 
 def add(commands: Any) -> None:
@@ -72,6 +75,15 @@ def add(commands: Any) -> None:
         metavar="WORKERS",
         help="refine in this number of Ray processes, on this machine or on the cluster that RAY_ADDRESS names",
     )
+    text = f"additional file of the regions for other programs; one or several of {', '.join(FORMATS)}"
+    export = {"nargs": "+", "action": "extend", "default": [], "choices": list(FORMATS), "metavar": "FORMAT"}
+    parser.add_argument("--export", **export, help=text)
+    text = "least number of pixels of a region; smaller ones are dropped, and counted in the record (default: %(default)s)"
+    parser.add_argument("--min-area", type=at_least(0), default=0, metavar="PIXELS", help=text)
+    text = "least height of the coarse map in a region; others are dropped (default: %(default)s)"
+    parser.add_argument("--min-score", type=float, default=0.0, metavar="SCORE", help=text)
+    text = "side of a pixel; regions then have an area in mm² and lengths in mm"
+    parser.add_argument("--mm-per-pixel", type=positive, metavar="MM", help=text)
     parser.add_argument(
         "--history",
         action="store_true",
@@ -109,6 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         "lanes": arguments.lanes,
         "history": arguments.history,
         "false_alarms": arguments.false_alarms,
+        "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel),
         **given,
     }
     if arguments.ray is None:
@@ -116,10 +129,13 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
     recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
-    recipe |= {name: checksum_of(path) for name, path in given.items()}
+    recipe |= options["reported"]._asdict() | {name: checksum_of(path) for name, path in given.items()}
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress)
+    write_tables(results["images"], out)
+    for name in arguments.export:
+        FORMATS[name](results["images"], out)
     print(summary(results, out))
 
 
@@ -130,7 +146,7 @@ def summary(results: dict[str, Any], out: Path) -> str:
     before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     return (
         f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_defective} defective, "
-        f"{len(records) - num_defective} good; masks and results.json are in {out}"
+        f"{len(records) - num_defective} good; masks, results.json, results.csv and regions.csv are in {out}"
     )
 
 

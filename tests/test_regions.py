@@ -1,0 +1,162 @@
+"""Regions of masks: measurements against known shapes, and files read back as other programs read them."""
+
+import csv
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+from pycocotools.coco import COCO
+from skimage import draw
+
+from f2pad_jax import Refined, find_regions
+from f2pad_jax.errors import ImageError
+from f2pad_jax.images.metrics import iou
+from f2pad_jax.regions import FORMATS
+from f2pad_jax.regions.formats import write_tables
+from f2pad_jax.regions.measure import described, mask_of
+
+SIZE = (60, 80)
+
+
+def refined(mask, anomaly=None, heat=None):
+    """Result with this mask; all else is 0."""
+    batch, pixels = mask.shape[:-2], np.zeros((*mask.shape, 3), np.float32)
+    number, count = np.zeros(batch, np.float32), np.zeros(batch, np.int32)
+    return Refined(
+        mask=mask,
+        normal=pixels,
+        anomaly=pixels if anomaly is None else anomaly,
+        coarse_map=pixels[..., 0] if heat is None else heat,
+        coarse_mask=mask,
+        region=mask,
+        score=number,
+        p_value=number,
+        unlike=np.zeros(batch, bool),
+        sparsity=number,
+        steps=count,
+        objective=number,
+        outcome=count,
+    )
+
+
+@pytest.fixture(scope="module")
+def mask():
+    """A frame, a tilted bar and a single pixel."""
+    mask = np.zeros(SIZE, bool)
+    mask[10:20, 5:45] = True
+    mask[12:15, 10:20] = False
+    mask[draw.polygon([28, 34, 54, 48], [30, 24, 60, 66])] = True
+    mask[58, 78] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def records(mask):
+    """Records of an image with three regions and of a good image."""
+    regions = [described(region, SIZE, 0.5) for region in find_regions(refined(mask))]
+    common = {"height": SIZE[0], "width": SIZE[1]}
+    return [
+        {"image": "line 1/a.png", "name": "line 1/a", "verdict": "defective", "regions": regions, **common},
+        {"image": "b.png", "name": "b", "verdict": "good", "regions": [], **common},
+    ]
+
+
+def test_measurements_of_known_shapes(mask):
+    heat, anomaly = np.zeros(SIZE, np.float32), np.zeros((*SIZE, 3), np.float32)
+    heat[10, 5], heat[58, 78], anomaly[58, 78] = 3, 2, [-0.3, 0, 0.6]
+    frame, bar, dot = find_regions(refined(mask, anomaly, heat))
+    assert (frame.box, frame.area, len(frame.outlines)) == ((10, 5, 20, 45), 370, 2)
+    assert (frame.length, frame.width, frame.angle, frame.score) == (40, 10, 0, 3)
+    assert abs(frame.perimeter - 2 * (40 + 10 + 10 + 3)) < 6  # corners are cut
+    assert abs(bar.length - np.hypot(26, 36)) < 3 and abs(bar.width - np.hypot(6, 6)) < 3
+    assert abs(bar.angle + np.degrees(np.arctan2(20, 36))) < 5  # downwards to the right
+    assert (dot.area, dot.length, dot.width, dot.centroid, dot.score) == (1, 1, 1, (58.5, 78.5), 2)
+    assert dot.contrast == pytest.approx(0.3) and frame.contrast == 0
+    np.testing.assert_array_equal(mask_of([frame, bar, dot], SIZE), mask)
+
+
+def test_an_upright_bar_is_longer_than_wide():
+    mask = np.zeros(SIZE, bool)
+    mask[10:50, 20:24] = True
+    (bar,) = find_regions(refined(mask))
+    assert (bar.length, bar.width, abs(bar.angle)) == (40, 4, 90)
+
+
+def test_an_empty_mask_has_no_region_and_a_batch_is_refused():
+    assert find_regions(refined(np.zeros(SIZE, bool))) == []
+    with pytest.raises(ImageError, match="one at a time"):
+        find_regions(refined(np.zeros((2, *SIZE), bool)))
+
+
+@pytest.mark.parametrize("name", ["coco", "coco-rle"])
+def test_pycocotools_reads_the_masks_back(name, records, mask, tmp_path, capsys):
+    FORMATS[name](records, tmp_path)
+    coco = COCO(tmp_path / f"{name.replace('-', '_')}.json")
+    found = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
+    assert len(coco.imgs) == 2 and not coco.getAnnIds(imgIds=[2]) and [a["area"] for a in found][2] == 1
+    pieces = [coco.annToMask(annotation).astype(bool) for annotation in found]
+    whole = np.any(pieces, axis=0)
+    assert (whole == mask).all() if name == "coco-rle" else iou(whole, mask) > 0.95
+    for annotation, region in zip(found, records[0]["regions"], strict=True):
+        left, top, width, height = annotation["bbox"]
+        assert [top, left, top + height, left + width] == region["box"]
+
+
+def test_labelme_has_polygons_and_holes(records, mask, tmp_path):
+    FORMATS["labelme"](records, tmp_path)
+    content = json.loads((tmp_path / "labelme" / "line 1" / "a.json").read_text())
+    assert {"version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth"} == set(content)
+    picture = PIL.Image.new("1", (8 * SIZE[1], 8 * SIZE[0]))
+    for shape in content["shapes"]:
+        assert shape["shape_type"] == "polygon" and len(shape["points"]) > 2
+        PIL.ImageDraw.Draw(picture).polygon([(8 * x, 8 * y) for x, y in shape["points"]], fill=shape["label"] == "defect")
+    assert iou(np.asarray(picture)[4::8, 4::8], mask) > 0.95
+    assert json.loads((tmp_path / "labelme" / "b.json").read_text())["shapes"] == []
+
+
+def test_cvat_has_exact_masks(records, mask, tmp_path):
+    FORMATS["cvat"](records, tmp_path)
+    root = ET.parse(tmp_path / "cvat.xml").getroot()
+    assert root.findtext("version") == "1.1" and [image.get("name") for image in root.iter("image")] == [
+        "line 1/a.png",
+        "b.png",
+    ]
+    found = np.zeros(SIZE, bool)
+    for element in root.iter("mask"):
+        left, top, width, height = (int(element.get(name)) for name in ("left", "top", "width", "height"))
+        runs = [int(run) for run in element.get("rle").split(", ")]
+        piece = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
+        found[top : top + height, left : left + width] |= piece
+    np.testing.assert_array_equal(found, mask)
+
+
+def test_yolo_has_a_line_a_region(records, mask, tmp_path):
+    FORMATS["yolo"](records, tmp_path)
+    lines = (tmp_path / "labels" / "line 1" / "a.txt").read_text().splitlines()
+    assert len(lines) == 3 and (tmp_path / "labels" / "b.txt").read_text() == ""
+    for line, region in zip(lines, records[0]["regions"], strict=True):
+        kind, *values = map(float, line.split())
+        points = np.reshape(values, (-1, 2)) * [SIZE[1], SIZE[0]]
+        np.testing.assert_allclose(points, region["outlines"][0][:-1], atol=1e-4)
+        assert kind == 0 and np.all(np.array(values) >= 0) and np.all(np.array(values) <= 1)
+
+
+def test_geojson_has_closed_rings(records, tmp_path):
+    FORMATS["geojson"](records, tmp_path)
+    features = json.loads((tmp_path / "regions.geojson").read_text())["features"]
+    assert [len(feature["geometry"]["coordinates"]) for feature in features] == [2, 1, 1]
+    assert all(ring[0] == ring[-1] for feature in features for ring in feature["geometry"]["coordinates"])
+    assert features[0]["properties"]["area_mm2"] == 370 / 4 and features[0]["properties"]["image"] == "line 1/a.png"
+
+
+def test_tables_have_a_row_an_image_and_a_row_a_region(records, tmp_path):
+    write_tables(records, tmp_path)
+    images, regions = (list(csv.DictReader((tmp_path / f"{n}.csv").open())) for n in ("results", "regions"))
+    assert [row["regions"] for row in images] == ["3", "0"]
+    assert (regions[0]["image"], regions[0]["region"], regions[0]["area"]) == ("line 1/a.png", "0", "370")
+    assert regions[0]["length_mm"] == "20.0" and regions[0]["top"] == "10"
+    write_tables(records[1:], tmp_path)
+    assert (tmp_path / "regions.csv").read_text().strip() == ""
