@@ -1,6 +1,7 @@
 """Coarse maps and masks from elsewhere: another detector, a box, points, a scribble."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -124,7 +125,7 @@ def folders(texture, tmp_path_factory):
     return root
 
 
-def test_boxes_on_the_command_line(folders, texture, capsys):
+def test_boxes_on_the_command_line(folders, texture, capsys, monkeypatch):
     small = ["--size", str(SIZE), "--layers", "stage2", "stage3"]
     model, out = str(folders / "model"), folders / "out"
     assert main(["fit", str(folders / "normal"), "--out", model, "--features-only", *small]) == 0
@@ -143,6 +144,12 @@ def test_boxes_on_the_command_line(folders, texture, capsys):
     assert all(r["area"] >= 30 and r["area_mm2"] == r["area"] / 4 for r in regions)
     assert len((out / "regions.csv").read_text().splitlines()) == 1 + len(regions)
     assert sum(r["area"] for r in records[1]["regions"]) == records[1]["anomalous_pixels"] == mask.sum()
+    names = [str(folders / "test" / f"{i}.png") for i in range(2)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names)))
+    capsys.readouterr()
+    from_list = ["refine", model, "-", "--out", str(out), "--masks", str(folders / "masks"), "--json", "--fail-on-defect"]
+    assert main(from_list) == 1
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == names
     assert main([*refining, "--maps", str(folders / "masks")]) == 0  # a map of 0 and 255 has the levels of its image
     (folders / "masks" / "1.png").rename(folders / "masks" / "2.png")
     assert main([*refining, "--masks", str(folders / "masks")]) == 2 and "no file 1 with" in capsys.readouterr().err

@@ -15,11 +15,11 @@ COMMANDS = (demo, fit, import_anomalib, refine, make_dataset, evaluate, bench, w
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 after an error, or 130 after an interrupt.
 
-    An error is printed in one line on standard error.
+    ``f2pad refine --fail-on-defect`` returns 1 for a defect. An error is printed in one line on standard error.
     """
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except F2padError as error:
         print(f"f2pad: error: {error}", file=sys.stderr)
         return 2
@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("f2pad: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,14 +38,16 @@ COMPILING = (
 """Message before the first image is refined."""
 
 
-def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]
+) -> argparse.ArgumentParser:
     """Adds a sub-command and returns its parser.
 
     Args:
         commands: sub-parsers of the command line, as ``add_subparsers`` returns them.
         name: name of the sub-command.
         text: help text, one sentence without its full stop.
-        run: function that runs the sub-command.
+        run: function that runs the sub-command, and returns the exit status if it can differ from 0.
     """
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=run)
@@ -94,10 +96,12 @@ def add_ignored(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--border", type=at_least(0), default=0, metavar="PIXELS", help=text)
 
 
-def add_false_alarms(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument of the false-alarm rate."""
-    text = "share of good images that may be called defective (default: %(default)s); another share needs no new fit"
-    parser.add_argument("--false-alarms", type=_share, default=Settings().false_alarms, metavar="RATE", help=text)
+def add_false_alarms(parser: argparse.ArgumentParser, *, from_settings: bool = False) -> None:
+    """Adds the argument of the false-alarm rate; ``from_settings``: absent, if the user does not give it."""
+    rate = Settings().false_alarms
+    text = f"share of good images that may be called defective (default: {rate}); another share needs no new fit"
+    default = None if from_settings else rate
+    parser.add_argument("--false-alarms", type=_share, default=default, metavar="RATE", help=text)
 
 
 def _share(text: str) -> float:

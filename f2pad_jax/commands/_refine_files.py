@@ -49,8 +49,18 @@ ALL = Reported()
 """All regions, in pixels."""
 
 
+DEFAULTS = Settings()
+"""Default constants of the method."""
+
+
 def refine_files(
-    model: Path, tasks: Sequence[Task], out: Path, work: Work, recipe: dict[str, Any], progress: Progress
+    model: Path,
+    tasks: Sequence[Task],
+    out: Path,
+    work: Work,
+    recipe: dict[str, Any],
+    progress: Progress,
+    show: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:
     """Refines the images that are not done, and writes the records of all images to ``results.json``.
 
@@ -63,21 +73,26 @@ def refine_files(
         work: function that refines.
         recipe: all other options that change the results. Records of a run with another recipe or model are dropped.
         progress: function that is told how many images are done.
+        show: function that is given the record of each image as soon as it is done.
 
     Returns:
         The content of ``results.json``.
     """
     began, partial = time.perf_counter(), out / "results.partial"
-    made_by = {"version": __version__, "settings": Settings().described()}
-    recipe = {**made_by, "model": str(model), "sha256": file_sha256(model), **recipe}
+    recipe = {"version": __version__, "model": str(model), "sha256": file_sha256(model), **recipe}
     done = _kept(partial, recipe)
     waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != state_of(task[0])]
     progress("refining", len(tasks) - len(waiting), len(tasks))
+    if show is not None:
+        for path, _ in set(tasks) - set(waiting):
+            show(done[str(path)])
     with partial.open("a") as log:
         for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
             done[record["image"]] = record
             log.write(json.dumps(record) + "\n")
             log.flush()
+            if show is not None:
+                show(record)
             progress("refining", count, len(tasks))
     images = [{key: value for key, value in done[str(path)].items() if key != "file"} for path, _ in tasks]
     results = {**recipe, "seconds": round(time.perf_counter() - began, 2), "refined_now": len(waiting), "images": images}
@@ -113,7 +128,7 @@ def worker(
     inpaint: str = INPAINTERS[0],
     lanes: int | None = None,
     history: bool = False,
-    false_alarms: float = 0.05,
+    settings: Settings = DEFAULTS,
     ignore: Path | None = None,
     maps: Path | None = None,
     masks: Path | None = None,
@@ -127,7 +142,7 @@ def worker(
         inpaint: name of the inpainter.
         lanes: as for :func:`f2pad_jax.refine_many`.
         history: whether to write the history of each image as well.
-        false_alarms: share of good images that may be called defective.
+        settings: constants of the method.
         ignore: picture of the pixels that do not count in any image, or folder with a picture for each image.
         maps: folder with the coarse map of each image.
         masks: folder with the coarse mask of each image.
@@ -138,7 +153,6 @@ def worker(
     """Functions that read masks and maps by the name of an image's results."""
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
-        settings = Settings(false_alarms=false_alarms)
         of_images = {key: map(read, [name for _, name in tasks]) for key, read in readers.items()}
         options = {"settings": settings, "inpaint": inpaint}
         results = refine_many(detector, [path for path, _ in tasks], lanes=lanes, **of_images, **options)

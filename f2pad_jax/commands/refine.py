@@ -2,12 +2,17 @@
 
 import argparse
 import collections
+import dataclasses
+import glob
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from f2pad_jax._storage import write_atomically
 from f2pad_jax.commands._console import (
     COMPILING,
     add_command,
@@ -19,12 +24,14 @@ from f2pad_jax.commands._console import (
     use_compilation_cache,
 )
 from f2pad_jax.commands._ray import ray_workers
-from f2pad_jax.commands._refine_files import Reported, checksum_of, refine_files, worker
+from f2pad_jax.commands._refine_files import Record, Reported, checksum_of, refine_files, worker
+from f2pad_jax.commands._settings_file import as_toml, read_settings
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, check_images, is_address, list_images
 from f2pad_jax.images.pictures import figures
 from f2pad_jax.inpainting._choice import INPAINTERS, full_name
+from f2pad_jax.method.settings import Settings
 from f2pad_jax.regions.formats import FORMATS, write_tables
 
 
@@ -37,7 +44,8 @@ def add(commands: Any) -> None:
         "images",
         nargs="+",
         metavar="IMAGE_OR_DIR",
-        help="images, or folders or buckets (s3://bucket/folder) that hold images",
+        help="images, patterns ('in/*.png'), folders or buckets (s3://bucket/folder) that hold images; - reads a list of "
+        "them from standard input, one a line",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for masks and pictures")
     parser.add_argument(
@@ -62,7 +70,9 @@ def add(commands: Any) -> None:
     given.add_argument("--maps", type=Path, metavar="DIR", help=text)
     text = "folder with a mask NAME.png of the suspect pixels of each image: boxes, points or scribbles, white"
     given.add_argument("--masks", type=Path, metavar="DIR", help=text)
-    add_false_alarms(parser)
+    add_false_alarms(parser, from_settings=True)
+    text = "settings in a TOML file, such as the settings.toml that every run writes into its output folder"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--lanes",
         type=int,
@@ -84,6 +94,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--min-score", type=float, default=0.0, metavar="SCORE", help=text)
     text = "side of a pixel; regions then have an area in mm² and lengths in mm"
     parser.add_argument("--mm-per-pixel", type=positive, metavar="MM", help=text)
+    text = "print the record of each image as a line of JSON on standard output, and all other lines on standard error"
+    parser.add_argument("--json", action="store_true", help=text)
+    parser.add_argument("--fail-on-defect", action="store_true", help="exit with status 1 if an image is defective")
     parser.add_argument(
         "--history",
         action="store_true",
@@ -91,8 +104,11 @@ def add(commands: Any) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Checks the arguments and the image files. Then it refines the images and writes the results."""
+def run(arguments: argparse.Namespace) -> int:
+    """Checks the arguments and the image files. Then it refines the images and writes the results.
+
+    The exit status is 1 if an image is defective and ``--fail-on-defect`` is given, else 0.
+    """
     if arguments.ray is not None:  # accelerators are for the workers; this process only reads the model
         jax.config.update("jax_platforms", "cpu")
     if arguments.history:
@@ -105,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         if path is not None and not path.exists():
             raise ImageError(f"{path}: no such file or folder")
     detector = load_detector(arguments.model, weights=arguments.weights)
-    found = list_images(arguments.images)
+    found = list_images(expanded(arguments.images))
     names = result_names([relative for _, relative in found])
     check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
     for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
@@ -115,12 +131,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise OptionError(f"{arguments.model} has no maps of its own; give --maps or --masks")
     make_folder(out)
     use_compilation_cache()
-    print(COMPILING)
+    settings = Settings() if arguments.config is None else read_settings(arguments.config)
+    if arguments.false_alarms is not None:
+        settings = dataclasses.replace(settings, false_alarms=arguments.false_alarms)
+    write_atomically(out / "settings.toml", as_toml(settings).encode())
+    console = sys.stderr if arguments.json else sys.stdout
+    print(COMPILING, file=console)
     options = {
         "inpaint": inpaint,
         "lanes": arguments.lanes,
         "history": arguments.history,
-        "false_alarms": arguments.false_alarms,
+        "settings": settings,
         "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel),
         **given,
     }
@@ -128,15 +149,39 @@ def run(arguments: argparse.Namespace) -> None:
         work = worker(detector, out, **options)
     else:
         work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
-    recipe = {"inpaint": inpaint, "history": arguments.history, "false_alarms": arguments.false_alarms}
+    recipe = {"inpaint": inpaint, "history": arguments.history, "settings": settings.described()}
     recipe |= options["reported"]._asdict() | {name: checksum_of(path) for name, path in given.items()}
     tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
+    show = print_json if arguments.json else None
     with shown_progress() as progress:
-        results = refine_files(arguments.model, tasks, out, work, recipe, progress)
+        results = refine_files(arguments.model, tasks, out, work, recipe, progress, show)
     write_tables(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
-    print(summary(results, out))
+    print(summary(results, out), file=console)
+    return int(arguments.fail_on_defect and any(r["verdict"] == "defective" for r in results["images"]))
+
+
+def print_json(record: Record) -> None:
+    """Prints a record as a line of JSON, at once."""
+    print(json.dumps({key: value for key, value in record.items() if key != "file"}), flush=True)
+
+
+def expanded(sources: Sequence[str]) -> list[str]:
+    """Returns the sources with the lines of standard input in place of "-", and matching files in place of patterns.
+
+    Raises:
+        ImageError: no file matches a pattern.
+    """
+    listed = [line for source in sources for line in (sys.stdin.read().splitlines() if source == "-" else [source]) if line]
+    found = []
+    for source in listed:
+        pattern = not is_address(source) and not Path(source).exists() and glob.has_magic(source)
+        matches = sorted(glob.glob(source, recursive=True)) if pattern else [source]
+        if not matches:
+            raise ImageError(f"{source}: no file matches this pattern")
+        found += matches
+    return found
 
 
 def summary(results: dict[str, Any], out: Path) -> str:

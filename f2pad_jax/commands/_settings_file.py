@@ -1,0 +1,121 @@
+"""Settings in a TOML file: ``f2pad refine --config FILE`` reads one, and every run writes its own."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+
+from f2pad_jax.errors import OptionError
+from f2pad_jax.method.decision import Mixture, Residual
+from f2pad_jax.method.settings import Settings
+from f2pad_jax.objective.penalties import L0, L1, MCP, Log
+from f2pad_jax.solvers.base import Stopping
+from f2pad_jax.solvers.descent import Descent
+from f2pad_jax.solvers.proximal import Proximal
+from f2pad_jax.solvers.sharing import Sharing
+
+PARTS = {
+    "penalty": (Log, L1, L0, MCP),
+    "solver": (Descent, Proximal),
+    "decision": (Mixture, Residual),
+    "sharing": (Sharing,),
+    "stopping": (Stopping,),
+}
+"""Classes that a table of the file may name as its ``class``, by the name of the table."""
+PRESETS = {"default": Settings, "paper": Settings.paper}
+"""Settings from which a file may start, as its ``preset``."""
+NONE = "none"
+"""Value of an absent constant."""
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads settings; constants that the file does not name keep the values of its preset.
+
+    Raises:
+        OptionError: the file is missing or no TOML, or it has an unknown constant, a wrong type, or an unknown class.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    preset = table.pop("preset", "default")
+    if preset not in PRESETS:
+        raise OptionError(f"{path}: no preset '{preset}'; there are {', '.join(PRESETS)}")
+    try:
+        return _changed(PRESETS[preset](), table)
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from None
+
+
+def as_toml(settings: Settings) -> str:
+    """Returns every constant as TOML, from which :func:`read_settings` makes equal settings."""
+    return "\n".join(_lines(settings, "")) + "\n"
+
+
+def _changed(value: Any, table: dict[str, Any], place: str = "") -> Any:
+    """Returns a module with the constants of a table."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    known = [name for name, old in fields.items() if _fits_a_file(old) or name in PARTS]
+    changes = {}
+    for name, new in table.items():
+        where = f"{place}{name}"
+        if name not in known:
+            raise OptionError(f"no constant '{where}'; there are {', '.join(known)}")
+        if isinstance(new, dict):
+            changes[name] = _part(name, fields[name], dict(new), where)
+        elif isinstance(new, str):
+            if new != NONE:
+                raise OptionError(f"{where}: '{new}' is no number")
+            changes[name] = None
+        else:
+            changes[name] = _number(new, fields[name], where)
+    return dataclasses.replace(value, **changes)
+
+
+def _part(name: str, old: Any, table: dict[str, Any], where: str) -> Any:
+    """Returns the module of a table: the old one with changes, or one of the class that the table names."""
+    if name not in PARTS:
+        raise OptionError(f"{where} is a number, not a table")
+    classes = {cls.__name__: cls for cls in PARTS[name]}
+    chosen = table.pop("class", type(old).__name__ if isinstance(old, eqx.Module) else next(iter(classes)))
+    if chosen not in classes:
+        raise OptionError(f"{where}: no class '{chosen}'; there are {', '.join(classes)}")
+    return _changed(old if type(old) is classes[chosen] else classes[chosen](), table, f"{where}.")
+
+
+def _number(new: Any, old: Any, where: str) -> Any:
+    """Returns a value of the file as the type of the value that it replaces."""
+    if isinstance(new, list):
+        return tuple(new)
+    if isinstance(old, bool) != isinstance(new, bool) and old is not None:
+        raise OptionError(f"{where}: expected {'true or false' if isinstance(old, bool) else 'a number'}, got {new}")
+    if isinstance(old, int) and not isinstance(new, int):
+        raise OptionError(f"{where}: expected a whole number, got {new}")
+    return float(new) if isinstance(old, float) else new
+
+
+def _fits_a_file(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, tuple, eqx.Module))
+
+
+def _lines(value: Any, place: str) -> list[str]:
+    """Returns the constants of a module, first its numbers, then a table for each module in it."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    parts = {name: part for name, part in fields.items() if isinstance(part, eqx.Module)}
+    lines = [f"{name} = {_written(v)}" for name, v in fields.items() if name not in parts and _fits_a_file(v)]
+    for name, part in parts.items():
+        lines += ["", f"[{place}{name}]", f'class = "{type(part).__name__}"', *_lines(part, f"{place}{name}.")]
+    return lines
+
+
+def _written(value: Any) -> str:
+    match value:
+        case None:
+            return f'"{NONE}"'
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return f"[{', '.join(map(_written, value))}]"
+    return repr(value)
