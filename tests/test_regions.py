@@ -1,8 +1,13 @@
 """Regions of masks: measurements against known shapes, and files read back as other programs read them."""
 
 import csv
+import html
 import json
+import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,6 +17,7 @@ from pycocotools.coco import COCO
 from skimage import draw
 
 from f2pad_jax import Refined, find_regions
+from f2pad_jax.commands._results_page import write_page
 from f2pad_jax.errors import ImageError
 from f2pad_jax.images.metrics import iou
 from f2pad_jax.regions import FORMATS
@@ -150,6 +156,67 @@ def test_geojson_has_closed_rings(records, tmp_path):
     assert [len(feature["geometry"]["coordinates"]) for feature in features] == [2, 1, 1]
     assert all(ring[0] == ring[-1] for feature in features for ring in feature["geometry"]["coordinates"])
     assert features[0]["properties"]["area_mm2"] == 370 / 4 and features[0]["properties"]["image"] == "line 1/a.png"
+
+
+PROBE = """<script>
+const report = {};
+try {
+  const figures = () => [...document.querySelectorAll("figure")];
+  report.first = figures()[0].querySelector("b").textContent;
+  report.all = figures().length;
+  function choose(id, value) {
+    const field = document.getElementById(id);
+    field.value = value;
+    field.dispatchEvent(new Event("input"));
+  }
+  choose("show", "good");
+  report.good = figures().length;
+  choose("show", "all");
+  choose("name", "part 1/");
+  report.named = figures().length;
+  choose("name", "");
+  const picture = figures()[0].querySelector("img"), box = picture.getBoundingClientRect();
+  report.lazy = [...document.images].every(image => image.loading === "lazy");
+  report.seen = [];
+  for (const place of [0.1, 0.4, 0.6, 0.9]) {
+    picture.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + place * box.width}));
+    report.seen.push(picture.alt.split(", ").at(-1));
+  }
+  report.rows = figures()[0].querySelectorAll("tr").length;
+  picture.loading = "eager";
+  picture.decode().then(() => report.decoded = true, error => report.error = String(error))
+    .then(() => document.title = JSON.stringify(report));
+} catch (error) { document.title = JSON.stringify({error: String(error)}); }
+</script>"""
+
+
+def test_the_page_works_in_a_browser_with_500_images(records, tmp_path):
+    """Sorting, filters and the four views do what they say, and no picture loads before it is seen."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    common = {"p_value": 0.01, "message": "</script>", "anomalous_pixels": 4}
+    many = []
+    for i in range(500):
+        name = f"part {i % 5}/{i}"
+        files = {kind: f"{name}_{kind}.png" for kind in ("overlay", "mask", "normal")}
+        of_image = {"name": name, "image": str(tmp_path / "in put" / f"{i}.png"), "score": i / 100}
+        many.append(records[i % 2] | common | files | of_image)
+    for path in [Path(many[499]["image"]), *(tmp_path / "out" / many[499][kind] for kind in files)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8)).save(path)
+    page = write_page(many, tmp_path / "out").read_text()
+    assert "http://" not in page and "https://" not in page
+    probed = tmp_path / "out" / "probed.html"
+    probed.write_text(page.replace("</body>", PROBE + "</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=30000", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    report = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    assert report == {
+        "first": "part 4/499", "all": 500, "good": 250, "named": 100, "lazy": True, "rows": 0, "decoded": True,
+        "seen": ["overlay", "input", "mask", "restored"],
+    }  # fmt: skip
 
 
 def test_tables_have_a_row_an_image_and_a_row_a_region(records, tmp_path):

@@ -25,6 +25,7 @@ from f2pad_jax.commands._console import (
 )
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import Record, Reported, checksum_of, refine_files, worker
+from f2pad_jax.commands._results_page import write_page
 from f2pad_jax.commands._settings_file import as_toml, read_settings
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
@@ -156,6 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     with shown_progress() as progress:
         results = refine_files(arguments.model, tasks, out, work, recipe, progress, show)
     write_tables(results["images"], out)
+    write_page(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
     print(summary(results, out), file=console)
@@ -191,7 +193,7 @@ def summary(results: dict[str, Any], out: Path) -> str:
     before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     return (
         f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_defective} defective, "
-        f"{len(records) - num_defective} good; masks, results.json, results.csv and regions.csv are in {out}"
+        f"{len(records) - num_defective} good; report.html, results.json, tables and masks are in {out}"
     )
 
 

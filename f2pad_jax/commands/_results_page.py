@@ -1,0 +1,35 @@
+"""Page of a run of ``f2pad refine``: all images with verdict, masks and regions, for a browser without a network."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from f2pad_jax._storage import write_atomically
+from f2pad_jax.images.files import is_address
+
+TEMPLATE = Path(__file__).with_name("results.html")
+"""Page with a place for the records."""
+SHOWN = ("name", "verdict", "score", "p_value", "message", "anomalous_pixels")
+"""Values of a record that the page shows."""
+OF_REGION = ("area", "length", "width", "score", "area_mm2", "length_mm", "width_mm")
+"""Values of a region that the page shows."""
+
+
+def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
+    """Writes ``report.html``. It refers to the images and to the pictures in ``out``, which load when they are seen."""
+    data = json.dumps([_entry(record, out) for record in records], separators=(",", ":")).replace("</", "<\\/")
+    path = out / "report.html"
+    write_atomically(path, TEMPLATE.read_text().replace("/*RECORDS*/", data).encode())
+    return path
+
+
+def _entry(record: dict[str, Any], out: Path) -> dict[str, Any]:
+    files = {"overlay": record["overlay"], "mask": record["mask"], "restored": record["normal"]}
+    if not is_address(record["image"]):
+        files["input"] = os.path.relpath(record["image"], out)
+    regions = [{key: region[key] for key in OF_REGION if key in region} for region in record["regions"]]
+    pictures = {name: quote(Path(file).as_posix()) for name, file in files.items()}
+    return {key: record[key] for key in SHOWN} | {"pictures": pictures, "regions": regions}
