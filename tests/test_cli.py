@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,7 @@ from conftest import SIZE
 from f2pad_jax import Settings, __version__, load_detector
 from f2pad_jax.commands import COMMANDS, _console, main
 from f2pad_jax.commands import _refine_files as refine_files
+from f2pad_jax.commands.refine import distinct, result_names
 from f2pad_jax.detectors import CFlow, PaDiM
 
 
@@ -334,12 +336,12 @@ def test_out_must_not_be_a_file(model, defective, capsys):
 
 
 def test_two_images_never_share_an_output(model, defective, tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    shutil.copy(defective, tmp_path / "a")
-    shutil.copy(defective, tmp_path / "b")
-    line = refused(capsys, "refine", model, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
-    assert "defective" in line
+    files = [(tmp_path / folder / "part.png", Path("part.png")) for folder in ("a", "b/c")]
+    assert result_names(distinct(files)) == ["a/part", "b/c/part"]
+    assert result_names(distinct(files[:1])) == ["part"]
+    assert result_names([Path("part.png"), Path("part.jpg")]) == ["part_png", "part_jpg"]
+    line = refused(capsys, "refine", model, defective, defective, "--out", tmp_path / "out")
+    assert "both be named 'defective" in line
 
 
 def test_help_and_version(capsys):

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import glob
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ImageError(f"{path}: no such file or folder")
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(expanded(arguments.images))
-    names = result_names([relative for _, relative in found])
+    names = result_names(distinct(found))
     check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
     for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
         for name in names if folder else ():
@@ -197,6 +198,16 @@ def summary(results: dict[str, Any], out: Path) -> str:
     )
 
 
+def distinct(found: Sequence[tuple[Path | str, Path]]) -> list[Path]:
+    """Returns the relative path of each image; if two are equal, the paths below the folder that all images share."""
+    relative = [path for _, path in found]
+    if len({*relative}) == len(relative) or any(is_address(path) for path, _ in found):
+        return relative
+    paths = [Path(path).absolute() for path, _ in found]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared) for path in paths]
+
+
 def result_names(paths: Sequence[Path]) -> list[str]:
     """Returns a name for the results of each image: its relative path without the suffix.
 
@@ -212,5 +223,5 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     ]
     name, most = collections.Counter(names).most_common(1)[0]
     if most > 1:
-        raise ImageError(f"the results of two images would both be named '{name}'; refine each folder with its own --out")
+        raise ImageError(f"the results of two images would both be named '{name}': give each image once")
     return names
