@@ -409,7 +409,7 @@ def test_every_network_has_the_references_parameters(name):
     ("name", "suffix", "renamed", "gradient_sizes"),
     [
         ("resnet18", ".pth", torchvision_names, SIZES[1:]),
-        ("wide-resnet50-2", ".safetensors", torchvision_names, SIZES[1:]),
+        ("wide-resnet50-2", ".safetensors", torchvision_names, ()),  # its operations are those of resnet18
         ("efficientnet-b0", ".safetensors", efficientnet_pytorch_names, SIZES),
         ("efficientnet-lite1", ".pth", efficientnet_pytorch_names, SIZES[1:]),
         ("vit-tiny", ".safetensors", fused_names, SIZES),
@@ -564,7 +564,7 @@ def touched(region: np.ndarray, patch: int) -> np.ndarray:
 apply = jax.jit(lambda inpainter, image, region: inpainter(image, region))
 
 
-@pytest.mark.parametrize("name", ["mae-tiny", "mae-base"])
+@pytest.mark.parametrize("name", ["mae-tiny"])
 def test_masked_autoencoder_equals_transformers(name, tmp_path):
     module, patch = autoencoder(name), MAES[name][-1]
     with tiny_network() if name == "mae-tiny" else contextlib.nullcontext():
