@@ -65,7 +65,7 @@ def refine(
             not count either.
         coarse_map: anomaly map of each image from elsewhere, of any size and scale, higher where an anomaly is likelier. It
             takes the place of the detector's map. The detector then only supplies the features that judge n. See
-            :class:`~f2pad_jax.method.coarse.Given` for its levels.
+            :class:`~f2pad_jax.method.Given` for its levels.
         coarse_mask: pixels of each image where an anomaly is suspected: a mask of any size, a box, points or a scribble. It
             takes the place of the map too. An image without such a pixel is good.
         windows: whether each separate part of the suspect region is solved in the smallest window that holds it. Otherwise
@@ -133,8 +133,8 @@ def refine_many(
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
     ignore: Bool[Array | np.ndarray, "h w"] | Iterable[Bool[Array | np.ndarray, "h w"] | None] | None = None,
-    coarse_map: Iterable[Num[Array | np.ndarray, "_ _"]] | None = None,
-    coarse_mask: Iterable[Bool[Array | np.ndarray, "_ _"]] | None = None,
+    coarse_map: Iterable[Num[Array | np.ndarray, "..."]] | None = None,
+    coarse_mask: Iterable[Bool[Array | np.ndarray, "..."]] | None = None,
     windows: bool | None = None,
     lanes: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -190,6 +190,8 @@ def refine_many(
     def read(item: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Given | None]:
         image, mask, *given = item
         image = read_image(image) if isinstance(image, (str, Path)) else image
+        if any(values is not None and np.ndim(values) != 2 for values in given):
+            raise ImageError("a coarse map or mask of the stream has no shape (h, w); give the map of one image at a time")
         return image, mask, Given.of(detector, *given)
 
     extras = (itertools.repeat(ignore) if one_mask else ignore), coarse_map, coarse_mask

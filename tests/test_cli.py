@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import re
@@ -335,10 +336,18 @@ def test_out_must_not_be_a_file(model, defective, capsys):
     assert "not a folder" in refused(capsys, "refine", model, defective, "--out", defective)
 
 
+def test_an_empty_list_is_refused(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no image is given" in refused(capsys, "refine", model, "-", "--out", tmp_path / "out")
+    assert "matches this pattern" in refused(capsys, "refine", model, tmp_path / "*.png", "--out", tmp_path / "out")
+
+
 def test_two_images_never_share_an_output(model, defective, tmp_path, capsys):
     files = [(tmp_path / folder / "part.png", Path("part.png")) for folder in ("a", "b/c")]
     assert result_names(distinct(files)) == ["a/part", "b/c/part"]
     assert result_names(distinct(files[:1])) == ["part"]
+    outside = [(tmp_path / folder / "part.png", Path("part.png")) for folder in ("a", "a/../b")]
+    assert result_names(distinct(outside)) == ["a/part", "b/part"]
     assert result_names([Path("part.png"), Path("part.jpg")]) == ["part_png", "part_jpg"]
     line = refused(capsys, "refine", model, defective, defective, "--out", tmp_path / "out")
     assert "both be named 'defective" in line

@@ -74,6 +74,28 @@ def test_maps_of_normal_images_give_the_verdict(texture, shallow_backbone, tmp_p
     assert bad.coarse_map.min() > 95 and bad.mask.any()
 
 
+def test_levels_of_a_map_come_from_the_pixels_that_count(featured, texture):
+    test = texture.test[0]
+    heat, hot = test.mask.astype(np.float32), np.zeros_like(test.mask)
+    hot[:8, :8] = True
+    (result,) = refine_many(featured, [test.image], coarse_map=[heat + 9 * hot], ignore=hot)
+    assert result.defective and iou(result.coarse_mask, test.mask) > 0.8
+    (result,) = refine_many(featured, [test.image], coarse_map=[1.0 * (np.arange(96) > 20) * np.ones((96, 1))])
+    assert result.defective and result.coarse_mask[:, 30:].all()  # more than half of the pixels have the maximum
+
+
+def test_normal_maps_leave_out_ignored_pixels_and_are_finite(texture, shallow_backbone):
+    rng, hot = np.random.default_rng(0), np.zeros((SIZE, SIZE), bool)
+    hot[:8, :8] = True
+    maps = [rng.random((SIZE, SIZE)) + 50 * rng.random() * hot for _ in texture.train]
+    options = {"size": SIZE, "num_components": 1}
+    detector = fit(PatchCore, texture.train, shallow_backbone, coarse_maps=maps, ignore=hot, **options)
+    assert float(detector.calibrated.threshold) < 1
+    for bad in (np.full((4, 4), np.nan), np.zeros((1, 4, 4))):
+        with pytest.raises(ImageError, match="coarse map 1 has the shape"):
+            fit(PatchCore, texture.train, shallow_backbone, coarse_maps=[maps[0], bad, *maps[2:]], **options)
+
+
 def test_a_jit_program_takes_the_map_too(featured, texture):
     test = texture.test[0]
     box = loose_box(test.mask)
@@ -111,6 +133,8 @@ def test_errors_name_what_is_missing(featured, detector, texture, shallow_backbo
         refine(detector, image, coarse_map=heat + np.nan)
     with pytest.raises(ImageError, match="coarse maps of shape"):
         refine(detector, image, coarse_map=heat[None])
+    with pytest.raises(ImageError, match="one image at a time"):
+        list(refine_many(detector, [image], coarse_map=[heat[None]]))
     with pytest.raises(OptionError, match="not as many masks or maps"):
         list(refine_many(detector, [image, image], coarse_map=[heat]))
     with pytest.raises(OptionError, match="not as many masks or maps"):
@@ -174,13 +198,14 @@ def test_a_map_is_read_with_all_its_digits(suffix, tmp_path):
     np.testing.assert_allclose(read_map(path), values / (7 if suffix in (".npy", ".tif") else 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", "colour", "stack"])
+@pytest.mark.parametrize("content", [b"", b"abc", "colour", "palette", "stack"])
 def test_bad_maps_are_refused(content, tmp_path):
     path = tmp_path / ("map.npy" if content == "stack" else "map.png")
     if content == "stack":
         np.save(path, np.zeros((2, 5, 7)))
-    elif content == "colour":
-        PIL.Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(path)
+    elif content in ("colour", "palette"):
+        picture = PIL.Image.fromarray(np.zeros((5, 7, 3), np.uint8))
+        (picture.quantize(4) if content == "palette" else picture).save(path)
     else:
         path.write_bytes(content)
     with pytest.raises(ImageError):

@@ -261,6 +261,20 @@ def test_in_an_image_unlike_the_normals_the_defect_stands_out_from_the_image_its
     assert 0 < float(detector.excess(levels)[1]) <= 1
 
 
+@pytest.mark.parametrize("peak", [0.0, 0.05, 3.0, 30.0])
+def test_m0_is_never_the_whole_of_a_lifted_image(peak):
+    """Whatever rises above the lifted level, and if nothing does."""
+    rng = np.random.default_rng(0)
+    normality = Normality.of((1 + 0.1 * rng.random((30, 32, 32))).astype(np.float32))
+    found = dataclasses.replace(calibration(threshold=1.5), normality=normality)
+    detector = Seen(None, (32, 32), jnp.zeros((1, 32, 32, 3)), found)
+    levels = jnp.asarray(6 + 0.1 * rng.random((32, 32))).at[8:12, 20:26].add(peak)
+    excess, threshold = detector.excess(levels)
+    assert 0 < np.mean(np.asarray(excess) > 1) < 0.3
+    assert peak < 1 or np.mean(np.asarray(excess) > 0.5) < 0.05
+    assert 0 < float(threshold) <= 1
+
+
 def test_hardly_any_normal_image_is_unlike_the_normals():
     maps = np.random.default_rng(0).normal(1, 0.1, (200, 16, 16)) + np.random.default_rng(1).normal(0, 0.05, (200, 1, 1))
     level = float(Normality.of(maps).level)

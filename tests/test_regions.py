@@ -21,8 +21,8 @@ from f2pad_jax.commands._results_page import write_page
 from f2pad_jax.errors import ImageError
 from f2pad_jax.images.metrics import iou
 from f2pad_jax.regions import FORMATS
-from f2pad_jax.regions.formats import write_tables
-from f2pad_jax.regions.measure import described, mask_of
+from f2pad_jax.regions.formats import COLUMNS, write_tables
+from f2pad_jax.regions.measure import column_runs, described, mask_of
 
 SIZE = (60, 80)
 
@@ -87,6 +87,10 @@ def test_measurements_of_known_shapes(mask):
 def test_an_upright_bar_is_longer_than_wide():
     mask = np.zeros(SIZE, bool)
     mask[10:50, 20:24] = True
+    mask[50:, 20:24] = True  # to the last row: no run follows the last one
+    (bar,) = find_regions(refined(mask))
+    assert sum(column_runs(bar, SIZE)) == SIZE[0] * SIZE[1]
+    mask[50:, 20:24] = False
     (bar,) = find_regions(refined(mask))
     assert (bar.length, bar.width, abs(bar.angle)) == (40, 4, 90)
 
@@ -120,6 +124,7 @@ def test_labelme_has_polygons_and_holes(records, mask, tmp_path):
         assert shape["shape_type"] == "polygon" and len(shape["points"]) > 2
         PIL.ImageDraw.Draw(picture).polygon([(8 * x, 8 * y) for x, y in shape["points"]], fill=shape["label"] == "defect")
     assert iou(np.asarray(picture)[4::8, 4::8], mask) > 0.95
+    assert (tmp_path / "labelme" / "line 1" / content["imagePath"]).resolve() == Path(records[0]["image"]).resolve()
     assert json.loads((tmp_path / "labelme" / "b.json").read_text())["shapes"] == []
 
 
@@ -226,4 +231,4 @@ def test_tables_have_a_row_an_image_and_a_row_a_region(records, tmp_path):
     assert (regions[0]["image"], regions[0]["region"], regions[0]["area"]) == ("line 1/a.png", "0", "370")
     assert regions[0]["length_mm"] == "20.0" and regions[0]["top"] == "10"
     write_tables(records[1:], tmp_path)
-    assert (tmp_path / "regions.csv").read_text().strip() == ""
+    assert (tmp_path / "regions.csv").read_text() == ",".join(COLUMNS) + "\n"

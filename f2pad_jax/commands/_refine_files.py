@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ class Reported(NamedTuple):
 
     min_area: float = 0.0
     """Least number of pixels."""
-    min_score: float = 0.0
-    """Least height of the coarse map."""
+    min_score: float | None = None
+    """Least height of the coarse map; None: any."""
     mm_per_pixel: float | None = None
     """Side of a pixel, mm; None: no lengths in millimetres."""
 
@@ -81,11 +82,18 @@ def refine_files(
     began, partial = time.perf_counter(), out / "results.partial"
     recipe = {"version": __version__, "model": str(model), "sha256": file_sha256(model), **recipe}
     done = _kept(partial, recipe)
-    waiting = [task for task in tasks if str(task[0]) not in done or done[str(task[0])]["file"] != state_of(task[0])]
+
+    def kept(path: Path | str, name: str) -> bool:
+        record = done.get(str(path))
+        return record is not None and record["name"] == name and record["file"] == state_of(path)
+
+    waiting = [task for task in tasks if not kept(*task)]
     progress("refining", len(tasks) - len(waiting), len(tasks))
     if show is not None:
-        for path, _ in set(tasks) - set(waiting):
-            show(done[str(path)])
+        missing = {*waiting}
+        for task in tasks:
+            if task not in missing:
+                show(done[str(task[0])])
     with partial.open("a") as log:
         for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
             done[record["image"]] = record
@@ -96,9 +104,16 @@ def refine_files(
             progress("refining", count, len(tasks))
     images = [{key: value for key, value in done[str(path)].items() if key != "file"} for path, _ in tasks]
     results = {**recipe, "seconds": round(time.perf_counter() - began, 2), "refined_now": len(waiting), "images": images}
-    write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
+    write_atomically(out / "results.json", _readable(results).encode())
     partial.unlink()
     return results
+
+
+def _readable(results: dict[str, Any]) -> str:
+    """Returns results as JSON, with a line for each value and for each image: outlines have many numbers."""
+    images = ",\n".join(json.dumps(record) for record in results["images"])
+    others = json.dumps({key: value for key, value in results.items() if key != "images"}, indent=2)
+    return f'{others[:-2]},\n  "images": [\n{images}\n  ]\n}}'
 
 
 def _kept(partial: Path, recipe: dict[str, Any]) -> dict[str, Record]:
@@ -150,7 +165,6 @@ def worker(
     """
     sources = {"ignore": (ignore, ignored_pixels), "coarse_map": (maps, coarse_map), "coarse_mask": (masks, coarse_mask)}
     readers = {key: functools.partial(read, source) for key, (source, read) in sources.items() if source is not None}
-    """Functions that read masks and maps by the name of an image's results."""
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
         of_images = {key: map(read, [name for _, name in tasks]) for key, read in readers.items()}
@@ -193,14 +207,17 @@ def checksum_of(source: Path | None) -> str | None:
     """Returns a checksum of a file, or of all files in a folder, in hexadecimal; None without a source."""
     if source is None:
         return None
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+    if not source.is_dir():
+        return file_sha256(source)
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    return hashlib.sha256(repr([(str(file.relative_to(source)), file_sha256(file)) for file in files]).encode()).hexdigest()
 
 
 def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path, reported: Reported) -> Record:
     """Writes the mask, the restored image and the overlay of an image, and returns its record."""
     outcome, found = Outcome(int(result.outcome)), find_regions(result)
-    kept = [region for region in found if region.area >= reported.min_area and region.score >= reported.min_score]
+    lowest = -math.inf if reported.min_score is None else reported.min_score
+    kept = [region for region in found if region.area >= reported.min_area and region.score >= lowest]
     height, width = result.mask.shape
     mask = mask_of(kept, (height, width))
     files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}

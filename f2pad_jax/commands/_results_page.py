@@ -22,7 +22,7 @@ def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
     """Writes ``report.html``. It refers to the images and to the pictures in ``out``, which load when they are seen."""
     data = json.dumps([_entry(record, out) for record in records], separators=(",", ":")).replace("</", "<\\/")
     path = out / "report.html"
-    write_atomically(path, TEMPLATE.read_text().replace("/*RECORDS*/", data).encode())
+    write_atomically(path, TEMPLATE.read_text(encoding="utf-8").replace("/*RECORDS*/", data).encode())
     return path
 
 

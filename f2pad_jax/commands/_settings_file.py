@@ -2,6 +2,9 @@
 
 import dataclasses
 import tomllib
+import types
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +40,19 @@ def read_settings(path: Path) -> Settings:
         OptionError: the file is missing or no TOML, or it has an unknown constant, a wrong type, or an unknown class.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     preset = table.pop("preset", "default")
-    if preset not in PRESETS:
-        raise OptionError(f"{path}: no preset '{preset}'; there are {', '.join(PRESETS)}")
     try:
-        return _changed(PRESETS[preset](), table)
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise OptionError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
+        settings = _changed(PRESETS[preset](), table)
+        if not 0 < settings.false_alarms <= 1:
+            raise OptionError(f"false_alarms: {settings.false_alarms} is not above 0 and at most 1")
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
+    return settings
 
 
 def as_toml(settings: Settings) -> str:
@@ -56,44 +62,56 @@ def as_toml(settings: Settings) -> str:
 
 def _changed(value: Any, table: dict[str, Any], place: str = "") -> Any:
     """Returns a module with the constants of a table."""
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    known = [name for name, old in fields.items() if _fits_a_file(old) or name in PARTS]
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    known = [name for name in fields if _fits_a_file(getattr(value, name)) or name in PARTS]
     changes = {}
     for name, new in table.items():
         where = f"{place}{name}"
         if name not in known:
             raise OptionError(f"no constant '{where}'; there are {', '.join(known)}")
-        if isinstance(new, dict):
-            changes[name] = _part(name, fields[name], dict(new), where)
-        elif isinstance(new, str):
-            if new != NONE:
-                raise OptionError(f"{where}: '{new}' is no number")
-            changes[name] = None
+        kind = fields[name].type
+        kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+        if isinstance(new, dict) and name in PARTS:
+            changes[name] = _part(name, getattr(value, name), dict(new), where)
         else:
-            changes[name] = _number(new, fields[name], where)
+            changes[name] = _constant(new, kinds, where)
     return dataclasses.replace(value, **changes)
 
 
 def _part(name: str, old: Any, table: dict[str, Any], where: str) -> Any:
     """Returns the module of a table: the old one with changes, or one of the class that the table names."""
-    if name not in PARTS:
-        raise OptionError(f"{where} is a number, not a table")
     classes = {cls.__name__: cls for cls in PARTS[name]}
     chosen = table.pop("class", type(old).__name__ if isinstance(old, eqx.Module) else next(iter(classes)))
-    if chosen not in classes:
+    if not isinstance(chosen, str) or chosen not in classes:
         raise OptionError(f"{where}: no class '{chosen}'; there are {', '.join(classes)}")
     return _changed(old if type(old) is classes[chosen] else classes[chosen](), table, f"{where}.")
 
 
-def _number(new: Any, old: Any, where: str) -> Any:
-    """Returns a value of the file as the type of the value that it replaces."""
-    if isinstance(new, list):
-        return tuple(new)
-    if isinstance(old, bool) != isinstance(new, bool) and old is not None:
-        raise OptionError(f"{where}: expected {'true or false' if isinstance(old, bool) else 'a number'}, got {new}")
-    if isinstance(old, int) and not isinstance(new, int):
-        raise OptionError(f"{where}: expected a whole number, got {new}")
-    return float(new) if isinstance(old, float) else new
+def _constant(new: Any, kinds: Sequence[Any], where: str) -> Any:
+    """Returns a value of the file as one of the types of its field."""
+    match new:
+        case "none" if type(None) in kinds:
+            return None
+        case bool() if bool in kinds:
+            return new
+        case int() if not isinstance(new, bool) and int in kinds and new >= 0:
+            return new
+        case int() | float() if not isinstance(new, bool) and float in kinds:
+            return float(new)
+        case list():
+            for kind in (kind for kind in kinds if typing.get_origin(kind) is tuple):
+                if len(new) == len(typing.get_args(kind)) and all(type(item) in (int, float) for item in new):
+                    return tuple(map(float, new))
+    expected = " or ".join(_NAMES.get(kind, "a table") for kind in kinds if _named(kind)) or "a list of this length"
+    raise OptionError(f"{where}: {new!r} is not {expected}")
+
+
+_NAMES = {bool: "true or false", int: "a whole number of at least 0", float: "a number", type(None): '"none"'}
+
+
+def _named(kind: Any) -> bool:
+    """Returns whether a type of a field has a form in the file: arrays have none."""
+    return kind in _NAMES or (isinstance(kind, type) and issubclass(kind, eqx.Module))
 
 
 def _fits_a_file(value: Any) -> bool:

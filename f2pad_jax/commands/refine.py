@@ -92,8 +92,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--export", **export, help=text)
     text = "least number of pixels of a region; smaller ones are dropped, and counted in the record (default: %(default)s)"
     parser.add_argument("--min-area", type=at_least(0), default=0, metavar="PIXELS", help=text)
-    text = "least height of the coarse map in a region; others are dropped (default: %(default)s)"
-    parser.add_argument("--min-score", type=float, default=0.0, metavar="SCORE", help=text)
+    text = "least height of the coarse map in a region; others are dropped (default: any)"
+    parser.add_argument("--min-score", type=float, metavar="SCORE", help=text)
     text = "side of a pixel; regions then have an area in mm² and lengths in mm"
     parser.add_argument("--mm-per-pixel", type=positive, metavar="MM", help=text)
     text = "print the record of each image as a line of JSON on standard output, and all other lines on standard error"
@@ -124,6 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ImageError(f"{path}: no such file or folder")
     detector = load_detector(arguments.model, weights=arguments.weights)
     found = list_images(expanded(arguments.images))
+    if not found:
+        raise ImageError("no image is given")
     names = result_names(distinct(found))
     check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
     for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
@@ -203,7 +205,7 @@ def distinct(found: Sequence[tuple[Path | str, Path]]) -> list[Path]:
     relative = [path for _, path in found]
     if len({*relative}) == len(relative) or any(is_address(path) for path, _ in found):
         return relative
-    paths = [Path(path).absolute() for path, _ in found]
+    paths = [Path(os.path.abspath(path)) for path, _ in found]
     shared = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(shared) for path in paths]
 

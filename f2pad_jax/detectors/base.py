@@ -23,7 +23,8 @@ from f2pad_jax.progress import Progress
 BORDER = 5 / 7
 """Height of the border of m0 in a faint defect, as a share of the threshold's height above the ordinary level."""
 UNLIKE = 0.2
-"""Height of the least ordinary level of an image unlike the normal images, as a share of the threshold's height."""
+"""Least height of the median of an image unlike the normal images, as a share of the threshold's height. Both heights are
+above the ordinary level."""
 LARGE = 1024 * 1024
 """Largest number of pixels of an image that the network sees at once; it sees a larger image in tiles."""
 Context = Any
@@ -257,14 +258,16 @@ class AbstractDetector(eqx.Module):
 
         0 is the ordinary level or below, and 1 the level at the border of m0. This level is :data:`BORDER` of the
         threshold's height, or half of the map's height if half is higher or no pixel exceeds the first. The threshold is
-        at most 1. In an image unlike the normal images as a whole, the ordinary level and the threshold are lifted
-        (:meth:`lift`).
+        at most 1. In an image unlike the normal images as a whole, 0, the threshold and the first of both levels are
+        lifted (:meth:`lift`). Half of the height of a glaring defect is not: the defect remains whole.
         """
         c = self.calibrated
         lift = self.lift(anomaly_map)
         ordinary, threshold = c.ordinary + lift, c.threshold + lift
-        low, half = ordinary + BORDER * (threshold - ordinary), half_height(anomaly_map, ordinary)
-        level = jnp.where(jnp.max(anomaly_map) > low, jnp.maximum(low, half), half)
+        low = ordinary + BORDER * (threshold - ordinary)
+        glaring = jnp.maximum(low, half_height(anomaly_map, c.ordinary))
+        faint = half_height(anomaly_map, jnp.maximum(ordinary, jnp.median(anomaly_map)))
+        level = jnp.where(jnp.max(anomaly_map) > low, glaring, faint)
         height = jnp.maximum(level - ordinary, 1e-6)
         return jnp.maximum(anomaly_map - ordinary, 0) / height, jnp.minimum((threshold - ordinary) / height, 1)
 

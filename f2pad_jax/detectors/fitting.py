@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from f2pad_jax.backbones.backbone import Backbone, find_network, load_backbone
-from f2pad_jax.detectors.base import NormalImages
+from f2pad_jax.detectors.base import NormalImages, counted
 from f2pad_jax.detectors.calibration import D, faint_defects, maps_of, with_calibration, with_maps, with_scale
 from f2pad_jax.detectors.normality import folds
 from f2pad_jax.detectors.resolution import detector_size, ignored_pixels, peeked
@@ -36,7 +36,7 @@ def fit(
     groups: Sequence[Hashable] | None = None,
     ignore: Bool[np.ndarray, "H W"] | None = None,
     border: int = 0,
-    coarse_maps: Iterable[Num[np.ndarray | Array, "_ _"]] | None = None,
+    coarse_maps: Iterable[Num[np.ndarray | Array, "..."]] | None = None,
     features_only: bool = False,
     num_components: int = 6,
     num_exemplars: int = 16,
@@ -71,7 +71,7 @@ def fit(
             label's place. Default: all pixels count.
         border: width of a frame that does not count, pixels of the images.
         coarse_maps: anomaly map of each image from another detector that has not seen the image, of any size. The verdict
-            and the levels are then the other detector's, and later images need ``coarse_map``.
+            and the levels are then the other detector's, and later images need ``coarse_map`` in its units.
         features_only: whether later images bring their coarse maps or masks. The fit then has no verdict, and it takes a
             fraction of the time.
         num_components: largest number of Gaussians of the pixel prior.
@@ -84,7 +84,8 @@ def fit(
         options: options of the method's own ``fit``, such as ``rank`` of ``PaDiM.fit``.
 
     Raises:
-        ImageError: there are fewer than two images, an image can't be used, or the size does not suit the backbone.
+        ImageError: there are fewer than two images, an image or a coarse map can't be used, or the size does not suit the
+            backbone.
         OptionError: both ``size`` and ``smallest_defect`` are given, or one of them is not positive; or there is only one
             group, or not a group for each image; or all pixels are ignored; or there is not a coarse map for each image.
         CheckpointError: the backbone's weights are missing.
@@ -120,15 +121,17 @@ def fit(
     own_maps = coarse_maps is None and not features_only
     parts = parts if method.refits and own_maps else parts[:1]
     splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
+    other_maps = None if coarse_maps is None else _other_maps(coarse_maps, normals)
     start = partial(with_scale, num_components=num_components, num_exemplars=num_exemplars, seed=seed, progress=progress)
     method_fit = partial(method.fit, backbone=backbone, seed=seed, **options)
     if not own_maps:
         if adjust is not None:
             raise OptionError("tuning needs the detector's own maps")
         detector = start(method_fit(splits[0][1], progress=progress), *splits[0])
-        maps = None if coarse_maps is None else _resized(coarse_maps, len(normals), size)
-        detector = detector if maps is None else with_maps(detector, maps, maps[:0])
-        origin = "none" if maps is None else "given"
+        detector = detector if other_maps is None else with_maps(detector, other_maps, other_maps[:0])
+        if resume and method.resumable:
+            Path(resume).unlink(missing_ok=True)
+        origin = "none" if other_maps is None else "given"
         return with_calibration(detector, dataclasses.replace(detector.calibrated, maps=origin))
     refitted = method_fit(normals, progress=progress) if method.refits else None
     alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
@@ -148,11 +151,17 @@ def fit(
     return detector
 
 
-def _resized(maps: Iterable[Num[np.ndarray | Array, "_ _"]], count: int, size: Sequence[int]) -> Float[np.ndarray, "n h w"]:
-    """Returns maps at the detector's size; there must be ``count`` of them."""
-    found = [np.asarray(scaled(jnp.asarray(m, jnp.float32), (size[0], size[1]))) for m in maps]
-    if len(found) != count:
-        raise OptionError(f"{len(found)} coarse maps for {count} images: give the map of each image")
+def _other_maps(maps: Iterable[Num[np.ndarray | Array, "..."]], normals: NormalImages) -> Float[np.ndarray, "n h w"]:
+    """Returns the maps of another detector at this detector's size, without the pixels that do not count."""
+    height, width = normals.size
+    ignored = None if normals.ignored is None else jnp.asarray(normals.ignored)
+    found = []
+    for i, given in enumerate(maps):
+        if np.ndim(given) != 2 or not np.isfinite(np.asarray(given)).all():
+            raise ImageError(f"coarse map {i} has the shape {np.shape(given)}; expected finite values (h, w)")
+        found.append(np.asarray(counted(scaled(jnp.asarray(given, jnp.float32), (height, width)), ignored)))
+    if len(found) != len(normals):
+        raise OptionError(f"{len(found)} coarse maps for {len(normals)} images: give the map of each image")
     return np.stack(found)
 
 

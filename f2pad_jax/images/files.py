@@ -3,6 +3,7 @@
 import contextlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from f2pad_jax.errors import ImageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAP_SUFFIXES = (".npy", ".npz", ".tif", ".tiff", ".png")
 """Endings of files of maps, the first choice first."""
+_TooLarge = PIL.Image.DecompressionBombError
 MIN_SIDE = 16
 """Smallest height or width of an image, pixels."""
 
@@ -69,10 +71,11 @@ def read_map(path: str | Path) -> Float[np.ndarray, "h w"]:
             arrays = [found] if isinstance(found, np.ndarray) else list(found.values())
         else:
             with PIL.Image.open(path) as picture:
-                arrays = [np.asarray(picture.convert("L") if picture.mode == "1" else picture)]
+                grey = picture.mode in ("1", "L", "F") or picture.mode.startswith("I")  # a palette has no order
+                arrays = [np.asarray(picture.convert("L") if picture.mode == "1" else picture)] if grey else []
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, _TooLarge) as error:
         raise ImageError(f"{path}: no map that can be read ({error})") from None
     if len(arrays) != 1 or arrays[0].ndim != 2 or arrays[0].dtype.kind not in "biuf":
         raise ImageError(f"{path}: expected one array of numbers (h, w), or a grey picture")

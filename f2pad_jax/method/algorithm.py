@@ -39,7 +39,8 @@ class Refined(eqx.Module):
     anomaly: Float[Array | np.ndarray, "*b h w 3"]
     """Anomaly a = x - n, in -1..1."""
     coarse_map: Float[Array | np.ndarray, "*b h w"]
-    """Anomaly map of the detector in units of the mean score of normal images, or the map given in its place."""
+    """Anomaly map of the detector in units of the mean score of normal images, or the given map with the levels of
+    :class:`~f2pad_jax.method.Given`."""
     coarse_mask: Bool[Array | np.ndarray, "*b h w"]
     """Coarse mask m0: the map above the detector's threshold."""
     region: Bool[Array | np.ndarray, "*b h w"]

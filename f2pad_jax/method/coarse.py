@@ -44,17 +44,20 @@ class Given(eqx.Module):
         if coarse_map is not None:
             values = jnp.asarray(coarse_map, jnp.float32)
             if not isinstance(values, Tracer) and not np.isfinite(values).all():
-                raise ImageError("the coarse map has values that are not finite")
+                raise ImageError("a coarse map has values that are not finite")
             return Given(values)
         if detector.calibrated.maps != "own":
             raise OptionError("this detector has no maps of its own; give the coarse map or coarse mask of each image")
         return None
 
-    def read_by(self, detector: AbstractDetector) -> tuple[Float[Array, "h w"], AbstractDetector]:
+    def read_by(
+        self, detector: AbstractDetector, ignored: Bool[Array, "h w"] | None = None
+    ) -> tuple[Float[Array, "h w"], AbstractDetector]:
         """Returns the map at the detector's size, and the detector with the levels of this map.
 
         The levels are the detector's if it was fitted with coarse maps of normal images. Otherwise the map runs from 0, its
-        median, to 1, its maximum, and pixels above 0.5 are anomalous. A mask is such a map.
+        median, to 1, its maximum, and pixels above 0.5 are anomalous. The least value takes the median's place if more than
+        half of the pixels have the maximum. A mask is such a map. Only the pixels that are not ``ignored`` count.
         """
         c = detector.calibrated
         if self.is_mask:
@@ -63,8 +66,11 @@ class Given(eqx.Module):
             values = scaled(self.values, detector.size)
             if c.maps == "given":
                 return values, detector
-            values = values - jnp.median(values)
-            values = values / jnp.maximum(jnp.max(values), 1e-12)
+            values = counted(values, ignored)
+            low, high = jnp.median(values), jnp.max(values)
+            low = jnp.where(low < high, low, jnp.min(values))
+            varied = high - low > 1e-5 * jnp.max(jnp.abs(values))  # more than the resize rounds
+            values = jnp.where(varied, (values - low) / jnp.where(varied, high - low, 1), 0)
         own = dataclasses.replace(c, ordinary=jnp.zeros(()), threshold=jnp.full((), 0.5), normality=None)
         return values, dataclasses.replace(detector, calibration=own)
 
@@ -75,7 +81,7 @@ class Coarse(eqx.Module):
     x: Float[Array, "h w 3"]
     """Image in normalised intensity."""
     anomaly_map: Float[Array, "h w"]
-    """Map of the detector in units of the mean score of normal images, or the map given in its place."""
+    """Map of the detector in units of the mean score of normal images, or the map of :meth:`Given.read_by`."""
     excess: Float[Array, "h w"]
     """Map on a linear scale: 0 at the level of normal images or below, 1 at the border of m0, more inside m0."""
     threshold: Float[Array, ""]
@@ -115,7 +121,7 @@ def look(
     x = normalise(resized(image, detector.size))
     masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
     ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size, 1e-3) for m in masks]), axis=0) if masks else None
-    anomaly_map, detector = (detector.anomaly_map(x), detector) if given is None else given.read_by(detector)
+    anomaly_map, detector = (detector.anomaly_map(x), detector) if given is None else given.read_by(detector, ignored)
     anomaly_map = counted(anomaly_map, ignored)
     excess, threshold = detector.excess(anomaly_map)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)

@@ -7,6 +7,7 @@ from (0, 0) to (1, 1).
 import csv
 import io
 import json
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ import numpy as np
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax._version import __version__
+from f2pad_jax.images.files import is_address
 from f2pad_jax.regions.measure import run_lengths
 
 Record = dict[str, Any]
 """Record of an image, as in ``results.json``."""
 LABEL = "defect"
 """Name of the only class."""
+COLUMNS = ("image", "region", "area", "length", "width", "angle", "perimeter", "contrast", "score")
+"""First columns of ``regions.csv``, which are there without a region too."""
 LABELME = "5.5.0"
 """Version of LabelMe's format."""
 
@@ -64,6 +68,7 @@ def write_coco_rle(records: Sequence[Record], out: Path) -> None:
 def write_labelme(records: Sequence[Record], out: Path) -> None:
     """Writes ``labelme/NAME.json`` for each image; the polygon of a hole has the label "hole" and its region's group."""
     for record in records:
+        path, image = out / "labelme" / f"{record['name']}.json", record["image"]
         shapes = [
             {
                 "label": "hole" if place else LABEL,
@@ -80,12 +85,12 @@ def write_labelme(records: Sequence[Record], out: Path) -> None:
             "version": LABELME,
             "flags": {"defective": record["verdict"] == "defective"},
             "shapes": shapes,
-            "imagePath": record["image"],
+            "imagePath": image if is_address(image) else Path(os.path.relpath(image, path.parent)).as_posix(),
             "imageData": None,
             "imageHeight": record["height"],
             "imageWidth": record["width"],
         }
-        _write_json(out / "labelme" / f"{record['name']}.json", content)
+        _write_json(path, content)
 
 
 def write_cvat(records: Sequence[Record], out: Path) -> None:
@@ -148,7 +153,8 @@ def write_tables(records: Sequence[Record], out: Path) -> None:
     rows = [{"image": r["image"], "region": i, **_figures(g)} for r in records for i, g in enumerate(r["regions"])]
     for name, table in (("results.csv", images), ("regions.csv", rows)):
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n")
+        names = dict.fromkeys([*(COLUMNS if name == "regions.csv" else ()), *(key for row in table for key in row)])
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
         write_atomically(out / name, text.getvalue().encode())

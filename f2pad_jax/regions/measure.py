@@ -11,7 +11,7 @@ from f2pad_jax.errors import ImageError
 from f2pad_jax.method.algorithm import Refined
 
 TOLERANCE = 0.3
-"""Largest distance of an outline from the border between pixels, pixels."""
+"""Largest distance of a simplified outline from the outline of marching squares, pixels."""
 
 
 class Region(NamedTuple):
@@ -120,7 +120,7 @@ def described(region: Region, size: tuple[int, int], mm_per_pixel: float | None 
         "contrast": round(region.contrast, 4),
         "score": round(region.score, 4),
         "outlines": [np.round(line, 2).tolist() for line in region.outlines],
-        "rle": run_lengths(mask_of([region], size).T),
+        "rle": column_runs(region, size),
     }
     if mm_per_pixel is not None:
         record |= {
@@ -128,6 +128,17 @@ def described(region: Region, size: tuple[int, int], mm_per_pixel: float | None 
         }
         record["area_mm2"] = round(region.area * mm_per_pixel**2, 4)
     return record
+
+
+def column_runs(region: Region, size: tuple[int, int]) -> list[int]:
+    """Returns the lengths of runs of equal pixels of the whole image, column by column, as COCO has them."""
+    columns, rows = np.nonzero(region.mask.T)
+    places = (region.box[1] + columns) * size[0] + region.box[0] + rows
+    first = np.flatnonzero(np.diff(places, prepend=-2) > 1)
+    ends = places[np.append(first[1:] - 1, -1)] + 1
+    bounds = np.concatenate([[0], np.stack([places[first], ends], axis=1).ravel(), [size[0] * size[1]]])
+    lengths = np.diff(bounds).tolist()
+    return lengths if lengths[-1] else lengths[:-1]
 
 
 def run_lengths(mask: Bool[np.ndarray, "h w"]) -> list[int]:
