@@ -63,8 +63,9 @@ def refine(
             of a normalised image and a region.
         ignore: pixels that do not count, one mask for all images or one for each. The pixels that the detector ignores do
             not count either.
-        coarse_map: anomaly map of each image from elsewhere, of any size and scale, higher where an anomaly is likelier. It
-            takes the place of the detector's map. The detector then only supplies the features that judge n. See
+        coarse_map: anomaly map of each image from elsewhere, of any size, higher where an anomaly is likelier. Its scale is
+            the scale of the fit's ``coarse_maps``, or any scale without them. It takes the place of the detector's map.
+            The detector then only supplies the features that judge n. See
             :class:`~f2pad_jax.method.Given` for its levels.
         coarse_mask: pixels of each image where an anomaly is suspected: a mask of any size, a box, points or a scribble. It
             takes the place of the map too. An image without such a pixel is good.
