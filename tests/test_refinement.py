@@ -246,7 +246,7 @@ def test_separate_defects_are_solved_for_separately(wide, texture):
     assert iou(left, truth[:, :SIZE]) > 0.5 and iou(right, truth[:, 2 * SIZE :]) > 0.5
     assert not mask[:, SIZE : 2 * SIZE].any()
     parts = divided(np.asarray(both.region[0]), settings.margin, detector.stride, WINDOWS)
-    assert [window for _, window in parts] == [(64, 64), (96, 96)]
+    assert [window for _, window in parts] == [(96, 96), (96, 96)]
     restored = np.asarray(both.normal[0])
     assert all((restored != image / np.float32(255))[part].any() for part, _ in parts)
 
