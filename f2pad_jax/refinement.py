@@ -87,7 +87,7 @@ def refine(
     if not windows:
         inpainter = choose(inpaint, detector.calibrated.normals)
         masks = None if ignore is None else jnp.broadcast_to(jnp.asarray(ignore, bool), unit.shape[:-1])
-        given = Given.of(detector, coarse_map, coarse_mask)
+        given = Given.of(coarse_map, coarse_mask)
         if given is not None and given.values.shape[:-2] != unit.shape[:-3]:
             raise ImageError(f"coarse maps of shape {given.values.shape} for images of shape {unit.shape}")
         lanes = lanes or (1 if on_cpu() else LANES)
@@ -193,7 +193,7 @@ def refine_many(
         image = read_image(image) if isinstance(image, (str, Path)) else image
         if any(values is not None and np.ndim(values) != 2 for values in given):
             raise ImageError("a coarse map or mask of the stream has no shape (h, w); give the map of one image at a time")
-        return image, mask, Given.of(detector, *given)
+        return image, mask, Given.of(*given)
 
     extras = (itertools.repeat(ignore) if one_mask else ignore), coarse_map, coarse_mask
     yield from stream(

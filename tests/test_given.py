@@ -18,6 +18,7 @@ from f2pad_jax.detectors.calibration import with_calibration
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import read_map
 from f2pad_jax.images.metrics import iou
+from f2pad_jax.method import pose
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,8 @@ def test_errors_name_what_is_missing(featured, detector, texture, shallow_backbo
         refine(featured, image)
     with pytest.raises(OptionError, match="no maps of its own"):
         list(refine_many(featured, [image]))
+    with pytest.raises(OptionError, match="no maps of its own"):
+        pose(featured, image)
     with pytest.raises(OptionError, match="not both"):
         refine(detector, image, coarse_map=heat, coarse_mask=heat > 0)
     with pytest.raises(ImageError, match="not finite"):

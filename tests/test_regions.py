@@ -22,7 +22,7 @@ from f2pad_jax.errors import ImageError
 from f2pad_jax.images.metrics import iou
 from f2pad_jax.regions import FORMATS
 from f2pad_jax.regions.formats import COLUMNS, write_tables
-from f2pad_jax.regions.measure import column_runs, described, mask_of
+from f2pad_jax.regions.measure import described, mask_of, run_lengths
 
 SIZE = (60, 80)
 
@@ -89,7 +89,7 @@ def test_an_upright_bar_is_longer_than_wide():
     mask[10:50, 20:24] = True
     mask[50:, 20:24] = True  # to the last row: no run follows the last one
     (bar,) = find_regions(refined(mask))
-    assert sum(column_runs(bar, SIZE)) == SIZE[0] * SIZE[1]
+    assert sum(run_lengths(bar.mask, bar.box[:2], SIZE)) == SIZE[0] * SIZE[1]
     mask[50:, 20:24] = False
     (bar,) = find_regions(refined(mask))
     assert (bar.length, bar.width, abs(bar.angle)) == (40, 4, 90)

@@ -50,10 +50,6 @@ ALL = Reported()
 """All regions, in pixels."""
 
 
-DEFAULTS = Settings()
-"""Default constants of the method."""
-
-
 def refine_files(
     model: Path,
     tasks: Sequence[Task],
@@ -143,7 +139,7 @@ def worker(
     inpaint: str = INPAINTERS[0],
     lanes: int | None = None,
     history: bool = False,
-    settings: Settings = DEFAULTS,
+    settings: Settings | None = None,
     ignore: Path | None = None,
     maps: Path | None = None,
     masks: Path | None = None,

@@ -1,6 +1,5 @@
 """Page of a run of ``f2pad refine``: all images with verdict, masks and regions, for a browser without a network."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from f2pad_jax._storage import write_atomically
+from f2pad_jax.evaluation.report import script_data
 from f2pad_jax.images.files import is_address
 
 TEMPLATE = Path(__file__).with_name("results.html")
@@ -20,8 +20,7 @@ OF_REGION = ("area", "length", "width", "score", "area_mm2", "length_mm", "width
 
 def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
     """Writes ``report.html``. It refers to the images and to the pictures in ``out``, which load when they are seen."""
-    data = json.dumps([_entry(record, out) for record in records], separators=(",", ":")).replace("</", "<\\/")
-    path = out / "report.html"
+    path, data = out / "report.html", script_data([_entry(record, out) for record in records])
     write_atomically(path, TEMPLATE.read_text(encoding="utf-8").replace("/*RECORDS*/", data).encode())
     return path
 

@@ -25,13 +25,14 @@ from f2pad_jax.commands._console import (
     use_compilation_cache,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images, score_chart
+from f2pad_jax.commands._refine_files import coarse_map
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import fitting
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import save_detector
 from f2pad_jax.errors import OptionError
-from f2pad_jax.images.files import MAP_SUFFIXES, beside, read_image, read_map
+from f2pad_jax.images.files import read_image
 from f2pad_jax.tuning import trials_table, tune
 
 _GENERAL = frozenset(inspect.signature(fitting.fit).parameters)
@@ -136,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
 def given_maps(folder: Path, images: Path, paths: Sequence[Path]) -> list[Float[np.ndarray, "_ _"]]:
     """Reads the map of each image."""
     names = (path.relative_to(images).with_suffix("").as_posix() for path in paths)
-    return [read_map(beside(folder, name, MAP_SUFFIXES)) for name in names]
+    return [coarse_map(folder, name) for name in names]
 
 
 def grouped(paths: Sequence[Path], pattern: str) -> list[str]:

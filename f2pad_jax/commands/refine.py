@@ -116,9 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.history:
         figures()  # raises the error of a missing matplotlib before the first image, not after it
     inpaint, out = full_name(arguments.inpaint), arguments.out
-    given = {
-        name: path and path.absolute() for name, path in vars(arguments).items() if name in ("ignore", "maps", "masks")
-    }
+    given = {"ignore": arguments.ignore, "maps": arguments.maps, "masks": arguments.masks}
+    given = {name: path and path.absolute() for name, path in given.items()}
     for path in given.values():
         if path is not None and not path.exists():
             raise ImageError(f"{path}: no such file or folder")

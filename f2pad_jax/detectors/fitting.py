@@ -119,23 +119,21 @@ def fit(
     if len(parts) == 1:
         raise OptionError("all images are in one group; give at least two groups, or none")
     own_maps = coarse_maps is None and not features_only
+    if adjust is not None and not own_maps:
+        raise OptionError("tuning needs the detector's own maps")
     parts = parts if method.refits and own_maps else parts[:1]
     splits = [(normals.subset(part), normals.subset(sorted({*range(len(normals))} - {*part}))) for part in parts]
     other_maps = None if coarse_maps is None else _other_maps(coarse_maps, normals)
     start = partial(with_scale, num_components=num_components, num_exemplars=num_exemplars, seed=seed, progress=progress)
     method_fit = partial(method.fit, backbone=backbone, seed=seed, **options)
+    refitted = method_fit(normals, progress=progress) if method.refits and own_maps else None
+    alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
     if not own_maps:
-        if adjust is not None:
-            raise OptionError("tuning needs the detector's own maps")
         detector = start(method_fit(splits[0][1], progress=progress), *splits[0])
         detector = detector if other_maps is None else with_maps(detector, other_maps, other_maps[:0])
-        if resume and method.resumable:
-            Path(resume).unlink(missing_ok=True)
         origin = "none" if other_maps is None else "given"
-        return with_calibration(detector, dataclasses.replace(detector.calibrated, maps=origin))
-    refitted = method_fit(normals, progress=progress) if method.refits else None
-    alone = refitted.left_out(len(normals)) if refitted is not None and groups is None else None
-    if refitted is None or alone is None:
+        detector = with_calibration(detector, dataclasses.replace(detector.calibrated, maps=origin))
+    elif refitted is None or alone is None:
         detector = _cross_fitted(method_fit, splits, start, seed, progress)
     else:
         detector = _left_out(refitted, start(alone, *splits[0]), normals, seed, progress)

@@ -35,11 +35,16 @@ def write_report(out: str | Path, *, limit: int | None = 60) -> Path:
     out = Path(out)
     cases = [case for folder in sorted((out / "runs").iterdir()) if (case := _case(folder, limit))]
     sizes = "\n".join(embedded(path.read_text()) for path in sorted((out / "pictures").glob("*-sizes.svg")))
-    page = TEMPLATE.read_text().replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()) + sizes)
-    data = json.dumps(cases, separators=(",", ":")).replace("</", "<\\/")  # "</script>" would end the script around it
+    page = TEMPLATE.read_text(encoding="utf-8")
+    page = page.replace("<!--TABLES-->", tables_html((out / "tables.md").read_text()) + sizes)
     path = out / "report.html"
-    write_atomically(path, page.replace("/*CASES*/", data).encode())
+    write_atomically(path, page.replace("/*CASES*/", script_data(cases)).encode())
     return path
+
+
+def script_data(data: Any) -> str:
+    """Returns data as JSON inside a script of a page, which no "</script>" in the data can end."""
+    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
 
 
 def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:

@@ -27,14 +27,13 @@ class Given(eqx.Module):
 
     @staticmethod
     def of(
-        detector: AbstractDetector,
         coarse_map: Num[Array | np.ndarray, "*b _h _w"] | None,
         coarse_mask: Bool[Array | np.ndarray, "*b _H _W"] | None,
     ) -> "Given | None":
         """Returns the map or the mask; None if there is neither.
 
         Raises:
-            OptionError: there are both, or neither for a detector that was fitted without maps of its own.
+            OptionError: there are both.
             ImageError: the map has values that are not finite.
         """
         if coarse_map is not None and coarse_mask is not None:
@@ -46,8 +45,6 @@ class Given(eqx.Module):
             if not isinstance(values, Tracer) and not np.isfinite(values).all():
                 raise ImageError("a coarse map has values that are not finite")
             return Given(values)
-        if detector.calibrated.maps != "own":
-            raise OptionError("this detector has no maps of its own; give the coarse map or coarse mask of each image")
         return None
 
     def read_by(
@@ -117,7 +114,12 @@ def look(
     """Finds the coarse map, the verdict, m0 and the suspect region of an image in 0..1.
 
     ``ignored`` pixels do not count. A ``given`` map takes the place of the detector's.
+
+    Raises:
+        OptionError: no map is given for a detector that was fitted without maps of its own.
     """
+    if given is None and detector.calibrated.maps != "own":
+        raise OptionError("this detector has no maps of its own; give the coarse map or coarse mask of each image")
     x = normalise(resized(image, detector.size))
     masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
     ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size, 1e-3) for m in masks]), axis=0) if masks else None

@@ -119,7 +119,7 @@ def history(
     settings, unit = (settings or Settings()).traced(), to_unit(image)
     if unit.ndim == 4:
         raise ImageError("a history records one image: pass images one at a time")
-    ignored, given = None if ignore is None else jnp.asarray(ignore, bool), Given.of(detector, coarse_map, coarse_mask)
+    ignored, given = None if ignore is None else jnp.asarray(ignore, bool), Given.of(coarse_map, coarse_mask)
     coarse = look(detector, unit, settings, ignored, given)
     region = np.asarray(coarse.region)
     if not region.any() or coarse.covered:

@@ -103,7 +103,8 @@ def write_cvat(records: Sequence[Record], out: Path) -> None:
         for region in record["regions"]:
             top, left, bottom, right = region["box"]
             whole = _decoded(region["rle"], record["height"], record["width"])
-            runs = ", ".join(map(str, run_lengths(whole[top:bottom, left:right])))
+            rows = whole[top:bottom, left:right].T  # CVAT goes row by row
+            runs = ", ".join(map(str, run_lengths(rows, (0, 0), rows.shape)))
             box = {"left": left, "top": top, "width": right - left, "height": bottom - top}
             common = {"label": LABEL, "source": "auto", "occluded": "0", "z_order": "0", "rle": runs}
             ET.SubElement(image, "mask", common | {name: str(value) for name, value in box.items()})

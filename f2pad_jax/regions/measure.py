@@ -120,7 +120,7 @@ def described(region: Region, size: tuple[int, int], mm_per_pixel: float | None 
         "contrast": round(region.contrast, 4),
         "score": round(region.score, 4),
         "outlines": [np.round(line, 2).tolist() for line in region.outlines],
-        "rle": column_runs(region, size),
+        "rle": run_lengths(region.mask, region.box[:2], size),
     }
     if mm_per_pixel is not None:
         record |= {
@@ -130,19 +130,18 @@ def described(region: Region, size: tuple[int, int], mm_per_pixel: float | None 
     return record
 
 
-def column_runs(region: Region, size: tuple[int, int]) -> list[int]:
-    """Returns the lengths of runs of equal pixels of the whole image, column by column, as COCO has them."""
-    columns, rows = np.nonzero(region.mask.T)
-    places = (region.box[1] + columns) * size[0] + region.box[0] + rows
+def run_lengths(mask: Bool[np.ndarray, "h w"], corner: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """Returns the lengths of runs of equal pixels, column by column; the first run has pixels outside the mask.
+
+    Args:
+        mask: pixels of a piece, at least one of them set.
+        corner: row and column of the mask's first pixel in the image.
+        size: height and width of the image.
+    """
+    columns, rows = np.nonzero(mask.T)
+    places = (corner[1] + columns) * size[0] + corner[0] + rows
     first = np.flatnonzero(np.diff(places, prepend=-2) > 1)
     ends = places[np.append(first[1:] - 1, -1)] + 1
     bounds = np.concatenate([[0], np.stack([places[first], ends], axis=1).ravel(), [size[0] * size[1]]])
     lengths = np.diff(bounds).tolist()
     return lengths if lengths[-1] else lengths[:-1]
-
-
-def run_lengths(mask: Bool[np.ndarray, "h w"]) -> list[int]:
-    """Returns the lengths of runs of equal pixels, row by row; the first run has pixels outside the mask."""
-    flat = np.concatenate([[False], mask.ravel()])
-    starts = np.flatnonzero(np.diff(flat)).tolist()
-    return np.diff([0, *starts, mask.size]).tolist()
