@@ -160,7 +160,7 @@ def solve(network, problem, n0, steps: int) -> np.ndarray:
 @eqx.filter_jit
 def draw(settings, coarse, problem, n0, n):
     """Returns the mask of a solution."""
-    return settings.decision(settings.solver, Evidence(problem, n0, n, coarse.excess, coarse.threshold))
+    return settings.decision(settings.solver, Evidence(problem, n0, n, coarse.excess, coarse.threshold)) > 0.5
 
 
 def main() -> None:

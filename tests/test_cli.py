@@ -85,17 +85,19 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "in" / name)
     out = tmp_path / "out"
-    assert main(["refine", str(model), str(tmp_path / "in"), "--out", str(out)]) == 0
+    assert main(["refine", str(model), str(tmp_path / "in"), "--out", str(out), "--probability"]) == 0
     assert "6 images" in capsys.readouterr().out
     records = {r["image"].rsplit("/in/")[-1]: r for r in json.loads((out / "results.json").read_text())["images"]}
     assert records.keys() == inputs.keys()
     for name, image in inputs.items():
-        for kind in ("mask", "normal", "overlay"):
+        for kind in ("mask", "normal", "overlay", "probability"):
             with PIL.Image.open(out / records[name][kind]) as written:
                 assert written.size == image.size
         mask = np.asarray(PIL.Image.open(out / records[name]["mask"]))
         assert set(np.unique(mask)) <= {0, 255}
         assert (mask > 0).sum() == records[name]["anomalous_pixels"]
+        probability = np.asarray(PIL.Image.open(out / records[name]["probability"]))
+        np.testing.assert_array_equal(probability > 32767, mask > 0)
         assert records[name]["inpainter"] == "exemplar" and records[name]["sparsity"] == Settings().sparsity
     assert records["colour/a.png"]["anomalous_pixels"] > 0
     assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0

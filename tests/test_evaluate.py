@@ -59,7 +59,7 @@ def without_time(records):
 
 def test_results_are_records_of_every_variant_and_peer(out):
     records = json.loads((out / "results.json").read_text())
-    peers = {"threshold", "guided filter", "stable threshold", "GrabCut"}
+    peers = {"threshold", "guided filter", "random walker", "MEBin", "GrabCut"}
     assert {r["variant"] for r in records} == {FULL, "initialisation", *peers}
     for record in records:
         assert set(COLUMNS.split()) <= set(record)
@@ -94,7 +94,12 @@ def test_figures_are_those_of_the_masks_kept(root, out):
     best = (maps > metrics.best_threshold(maps, truth))[:2]
     expected = np.mean([metrics.iou(*pair) for pair in zip(best, truth[:2], strict=True)])
     assert record["backbone_iou"] == pytest.approx(expected)
-    assert record["aupro"] == metrics.aupro(maps, truth)
+    assert record["aupro"] == metrics.aupro(maps, truth) and record["aupro_05"] == metrics.aupro(maps, truth, max_fpr=0.05)
+    probability = np.stack([i.probability[FULL] for i in images])
+    np.testing.assert_array_equal(probability > 0.5, np.stack([i.masks[FULL] for i in images]))
+    assert record["probability_ap"] == metrics.average_precision(probability, truth)
+    hits = [i.masks[FULL] & i.truth for i in images]
+    assert record["mask_seg_f1"] == pytest.approx(2 * np.sum(hits) / (np.sum(probability > 0.5) + truth.sum()))
     assert images[2].good and record["marked_good"] == int(images[2].masks[FULL].any())
 
 
@@ -187,6 +192,10 @@ def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
         "ap",
         "f1_max",
         "aupro",
+        "aupro_05",
+        *(f"probability_{key}" for key in ("auroc", "ap", "f1_max", "aupro", "aupro_05")),
+        "seg_f1",
+        "mask_seg_f1",
         "dice",
         "steps",
         "seconds_per_image",
@@ -225,7 +234,7 @@ def test_another_seed_is_another_run_and_so_are_other_settings(root, out, monkey
     )
     with another:
         evaluate(root, out, protocols=["real"], size=SIZE, seed=1)
-    monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(relative_floor=0.1)))
+    monkeypatch.setattr("f2pad_jax.evaluation.runs.Settings", lambda: Settings(decision=Mixture(floor=0.2)))
     with another:
         evaluate(root, out, protocols=["real"], size=SIZE)
 

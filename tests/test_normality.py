@@ -221,7 +221,7 @@ class Nothing(AbstractDecision):
     """Decision that finds nothing."""
 
     def __call__(self, solver, evidence):
-        return jnp.zeros(evidence.excess.shape, bool)
+        return jnp.zeros(evidence.excess.shape)
 
 
 @pytest.mark.parametrize("windows", [False, True])

@@ -59,6 +59,15 @@ def test_input_is_normal_plus_anomaly(result, images):
     assert result.normal.min() >= 0 and result.normal.max() <= 1
 
 
+def test_the_mask_is_where_the_probability_exceeds_one_half(result):
+    """Outside the region it is the coarse map's: higher nearer to m0, and never above one half."""
+    np.testing.assert_array_equal(result.probability > 0.5, result.mask)
+    assert result.probability.min() >= 0 and result.probability.max() <= 1
+    outside = ~result.region[0]
+    order = np.argsort(result.coarse_map[0][outside])
+    assert (np.diff(result.probability[0][outside][order]) >= -1e-6).all() and result.probability[0][outside].max() > 0.01
+
+
 def test_a_good_image_has_an_empty_mask_and_says_so(result, images):
     assert result.outcome[-1] == Outcome.NOTHING_TO_REFINE
     assert "good" in Outcome(result.outcome[-1]).message
@@ -201,7 +210,7 @@ def test_of_a_larger_image_only_the_pixels_around_the_region_are_worked_on(large
         state = settings.solver.init(problem, n0)
         gradient = jax.grad(problem)(state.n)  # a step takes little but its sign, which of a small one rounding decides
         shared = state.memory.share(gradient)
-        mask = settings.decision(settings.solver, Evidence(problem, n0, (n0 + problem.x) / 2, w.excess, w.threshold))
+        mask = settings.decision(settings.solver, Evidence(problem, n0, (n0 + problem.x) / 2, w.excess, w.threshold)) > 0.5
         empty = jnp.zeros((256, 256), bool)
         images = (w.crop.paste(problem.region[..., None] * v, jnp.zeros_like(unit)) for v in (gradient, shared, n0))
         return problem.weights.beta, w.crop.paste(mask, empty), *images
@@ -389,8 +398,8 @@ def test_each_image_has_its_own_ignored_pixels(detector, texture):
 def test_a_mask_of_most_of_the_image_is_said(detector, texture):
     coarse = look(detector, to_unit(texture.test[1].image), Settings().traced())
     image = to_unit(texture.test[1].image)
-    most = jnp.ones(image.shape[:2], bool).at[:30].set(False)
+    most = jnp.ones(image.shape[:2]).at[:30].set(0)
     solved = Solved(most, normalise(image), jnp.zeros((), int), jnp.zeros(()), jnp.asarray(int(Outcome.CONVERGED)))
     assert compose(detector, Settings(), image, coarse, solved).outcome == Outcome.COVERS_IMAGE
-    few = dataclasses.replace(solved, mask=~most)
+    few = dataclasses.replace(solved, probability=1 - most)
     assert compose(detector, Settings(), image, coarse, few).outcome == Outcome.CONVERGED

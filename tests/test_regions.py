@@ -45,6 +45,7 @@ def refined(mask, anomaly=None, heat=None):
         steps=count,
         objective=number,
         outcome=count,
+        probability=np.asarray(mask, np.float32),
     )
 
 

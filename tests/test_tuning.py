@@ -7,6 +7,7 @@ from f2pad_jax.commands import main
 from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import NormalImages
 from f2pad_jax.images import write_png
+from f2pad_jax.method import Residual
 from f2pad_jax.tuning import GAIN, Trial, is_gain, synthetic_defects, trials_table
 
 SIZE = (64, 64)
@@ -46,7 +47,8 @@ def test_the_table_says_what_was_chosen():
 def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_path, monkeypatch, capsys):
     """From far too little sparsity; a value that gains nothing on the first four defects isn't tried on the others."""
     monkeypatch.setattr(tuning, "SPARSITY", (0.015, 0.0015, 1.5))
-    monkeypatch.setattr(tuning, "SHORT", Settings(restore_steps=0, sparsity=0.015, false_alarms=1.0))
+    short = Settings(restore_steps=0, sparsity=0.015, false_alarms=1.0, decision=Residual())  # the mask needs sparsity
+    monkeypatch.setattr(tuning, "SHORT", short)
     monkeypatch.setattr(tuning, "ALPHA1", (0.01,))
     monkeypatch.setattr(tuning, "COMPONENTS", (2,))
     monkeypatch.setattr(tuning, "NUM_IMAGES", 8)

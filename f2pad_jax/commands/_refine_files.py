@@ -36,7 +36,7 @@ Work = Callable[[Sequence[Task]], Iterator[Record]]
 
 
 class Reported(NamedTuple):
-    """Regions that a result has, and the scale of their lengths."""
+    """Regions that a result has, the scale of their lengths, and files that are written on request."""
 
     min_area: float = 0.0
     """Least number of pixels."""
@@ -44,6 +44,8 @@ class Reported(NamedTuple):
     """Least height of the coarse map; None: any."""
     mm_per_pixel: float | None = None
     """Side of a pixel, mm; None: no lengths in millimetres."""
+    probability: bool = False
+    """Whether the probability of each pixel is written as well."""
 
 
 ALL = Reported()
@@ -210,7 +212,10 @@ def checksum_of(source: Path | None) -> str | None:
 
 
 def written(path: Path | str, name: str, result: Refined, inpainter: str, out: Path, reported: Reported) -> Record:
-    """Writes the mask, the restored image and the overlay of an image, and returns its record."""
+    """Writes the mask, the restored image and the overlay of an image, and returns its record.
+
+    The probability is a grey picture of 16 bits, 65535 for 1: above 32767 is the mask, before regions are dropped.
+    """
     outcome, found = Outcome(int(result.outcome)), find_regions(result)
     lowest = -math.inf if reported.min_score is None else reported.min_score
     kept = [region for region in found if region.area >= reported.min_area and region.score >= lowest]
@@ -220,6 +225,10 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
     write_png(out / files["mask"], mask)
     write_png(out / files["normal"], np.asarray(result.normal))
     write_png(out / files["overlay"], overlay(np.asarray(result.normal + result.anomaly), mask))
+    if reported.probability:
+        files["probability"] = f"{name}_probability.png"
+        levels = np.ceil(65535 * np.asarray(result.probability) - 0.5)  # rounded, and one half down
+        write_png(out / files["probability"], levels.astype(np.uint16))
     return {
         "image": str(path),
         "name": name,

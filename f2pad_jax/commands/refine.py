@@ -99,6 +99,8 @@ def add(commands: Any) -> None:
     text = "print the record of each image as a line of JSON on standard output, and all other lines on standard error"
     parser.add_argument("--json", action="store_true", help=text)
     parser.add_argument("--fail-on-defect", action="store_true", help="exit with status 1 if an image is defective")
+    text = "also write the probability of each pixel, as a grey PNG of 16 bits: 65535 is 1, and the mask is above 32767"
+    parser.add_argument("--probability", action="store_true", help=text)
     parser.add_argument(
         "--history",
         action="store_true",
@@ -145,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         "lanes": arguments.lanes,
         "history": arguments.history,
         "settings": settings,
-        "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel),
+        "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel, arguments.probability),
         **given,
     }
     if arguments.ray is None:

@@ -51,6 +51,8 @@ class ImageResult:
     """Number of steps of each variant."""
     seconds: dict[str, float]
     """Time of each variant, without compilation."""
+    probability: dict[str, Float[np.ndarray, "h w"]]
+    """Probability of an anomaly, by variant."""
 
     @property
     def marked(self) -> bool:
@@ -111,6 +113,7 @@ def save_image(
             "normal": np.rint(result.normal * 255).astype(np.uint8),
         }
     arrays |= {f"mask {variant}": result.mask, f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
+    arrays |= {f"probability {variant}": result.probability}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ def load_images(folder: Path) -> list[ImageResult]:
                     masks={v: arrays[f"mask {v}"] for v in variants},
                     steps={v: int(arrays[f"steps {v}"]) for v in variants},
                     seconds={v: float(arrays[f"seconds {v}"]) for v in variants},
+                    probability={v: arrays[f"probability {v}"] for v in variants},
                 )
             )
     return results

@@ -1,7 +1,7 @@
 """Metrics of a case over its images."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ Record = dict[str, Any]
 def summarise(folder: Path) -> list[Record]:
     """Returns a record for each variant and peer of a case, with metrics in 0..1.
 
-    IoU, DICE and boundary F1 are means over the defective images. AUROC, AP, F1-max and AUPRO pool all images.
+    IoU, DICE and boundary F1 are means over the defective images. AUROC, AP, F1-max, AUPRO and SegF1 pool all images. The
+    first four measure a map over all thresholds: the coarse map, and the probability of each variant. SegF1 measures
+    masks whose threshold has seen no label: m0, and the masks of each variant.
     Seconds per image are the seconds of all images, good ones too, divided by the number of defective ones.
     ``backbone_iou`` and ``backbone_dice`` measure the coarse map at the threshold of best pixel F1 on the test labels, the
     paper's protocol. ``coarse_iou`` and ``coarse_dice`` measure m0, at the label-free threshold, where refinement starts.
@@ -48,10 +50,8 @@ def summarise(folder: Path) -> list[Record]:
         "coarse_dice": mean(metrics.dice, m0),
         "backbone_iou": mean(metrics.iou, maps > best),
         "backbone_dice": mean(metrics.dice, maps > best),
-        "f1_max": metrics.dice((maps > best).reshape(1, -1), truth.reshape(1, -1)),
-        "ap": metrics.average_precision(maps, truth),
-        "auroc": metrics.auroc(maps, truth),
-        "aupro": metrics.aupro(maps, truth),
+        **over_thresholds(maps, truth),
+        "seg_f1": pooled_f1(m0, truth),
         "image_auroc": image_auroc,
         "marked_defects": sum(i.marked for i in defective),
         "marked_good": sum(i.marked for i in images if i.good),
@@ -64,6 +64,7 @@ def summarise(folder: Path) -> list[Record]:
             "variant": variant,
             "iou": mean(metrics.iou, masks),
             "dice": mean(metrics.dice, masks),
+            "mask_seg_f1": pooled_f1(masks, truth),
             **{f"boundary_f1_{r}": mean(lambda m, t, r=r: metrics.boundary_f1(m, t, r), masks) for r in (1, 2, 3)},
             "steps": steps,
             "seconds_per_image": seconds,
@@ -76,10 +77,28 @@ def summarise(folder: Path) -> list[Record]:
             float(np.mean([i.steps[variant] for i in defective])),
             float(np.sum([i.seconds[variant] for i in images])) / len(defective),
         )
+        | over_thresholds(np.stack([i.probability[variant] for i in images]), truth, "probability_")
         for variant in (FULL, *ABLATIONS)
         if defective and all(variant in i.masks for i in images)
     ]
     return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items() if defective]
+
+
+def over_thresholds(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], prefix: str = "") -> Record:
+    """Returns the metrics of maps over all thresholds, all images pooled, with a prefix to their names."""
+    values = {
+        "auroc": metrics.auroc(maps, truth),
+        "ap": metrics.average_precision(maps, truth),
+        "f1_max": metrics.f1_max(maps, truth),
+        "aupro": metrics.aupro(maps, truth),
+        "aupro_05": metrics.aupro(maps, truth, max_fpr=0.05),
+    }
+    return {prefix + name: value for name, value in values.items()}
+
+
+def pooled_f1(masks: Sequence[Mask], truth: Bool[np.ndarray, "n h w"]) -> float:
+    """Returns the pixel F1 of masks, all images pooled."""
+    return metrics.dice(np.concatenate(masks), truth.reshape(-1, truth.shape[-1]))
 
 
 def best_cut(anomaly_map: Float[np.ndarray, "h w"], truth: Mask) -> float:

@@ -1,22 +1,25 @@
 """Peers of refinement: other ways from the coarse map to a sharper mask, to compare with."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float
+from skimage.segmentation import random_walker
 
 from f2pad_jax.evaluation._store import ImageResult
 
 
 def peer_masks(images: Sequence[ImageResult]) -> dict[str, list[Bool[np.ndarray, "h w"]]]:
     """Returns the masks that each peer draws from the coarse maps and masks; GrabCut only where OpenCV is installed."""
-    low, high = min(i.coarse_map.min() for i in images), max(i.coarse_map.max() for i in images)
+    peaks = [float(i.coarse_map.max()) for i in images]
     masks = {
         "threshold": [i.coarse_mask for i in images],
         "guided filter": [guided_mask(i.image / 255, i.coarse_mask) for i in images],
-        "stable threshold": [stable_mask(i.coarse_map, float(low), float(high)) for i in images],
+        "random walker": [walker_mask(i.image / 255, i.coarse_mask, i.region) for i in images],
+        "MEBin": [mebin(i.coarse_map, min(peaks), max(peaks)) for i in images],
     }
     with contextlib.suppress(ImportError):
         masks["GrabCut"] = [grabcut(i.image / 255, i.coarse_mask, i.region) for i in images]
@@ -85,27 +88,68 @@ def grabcut(
     return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
 
 
-def stable_mask(
-    anomaly_map: Float[np.ndarray, "h w"], low: float, high: float, *, num_levels: int = 64, min_length: int = 4
-) -> Bool[np.ndarray, "h w"]:
-    """Cuts a map at the threshold where its connected parts are most stable, after MEBin (Huang et al., CVPR 2025).
+def core(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Returns the quarter of a mask's pixels that lies deepest inside."""
+    depth = np.asarray(scipy.ndimage.distance_transform_edt(mask))
+    return mask & (depth >= np.quantile(depth[mask], 0.75)) if mask.any() else mask
 
-    The threshold falls from ``high`` to ``low``. Over some intervals the number of connected parts (8-neighbours) is
-    constant and not zero. The threshold at the lower end of the longest such interval gives the mask. Where no
-    interval has ``min_length`` levels, the mask is empty. Departure: MEBin erodes the mask before it counts.
+
+def walker_mask(
+    image: Float[np.ndarray, "h w 3"],
+    coarse_mask: Bool[np.ndarray, "h w"],
+    region: Bool[np.ndarray, "h w"],
+    *,
+    beta: float = 130.0,
+) -> Bool[np.ndarray, "h w"]:
+    """Segments by a random walk from m0 and from the pixels outside the suspect region (Grady 2006, in scikit-image).
+
+    Args:
+        image: input, in 0..1.
+        coarse_mask: m0; its core is foreground.
+        region: suspect region; pixels outside are background.
+        beta: penalty of a walk across an edge.
+    """
+    if not coarse_mask.any() or region.all():
+        return coarse_mask.copy()
+    labels = np.where(core(coarse_mask), 1, np.where(region, 0, 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The probability range")  # of about 1e-3, from the iterative solver
+        return random_walker(image, labels, beta=beta, mode="cg_j", channel_axis=-1) == 1
+
+
+def mebin(
+    anomaly_map: Float[np.ndarray, "h w"],
+    low: float,
+    high: float,
+    *,
+    num_levels: int = 64,
+    min_length: int = 4,
+    erosion: int = 6,
+) -> Bool[np.ndarray, "h w"]:
+    """Cuts a map at the threshold where its connected parts are most stable: MEBin (Huang et al., CVPR 2025).
+
+    The threshold falls from ``high`` to ``low``. The map is cut and eroded, and its connected parts (8-neighbours) are
+    counted. Over some intervals their number is constant and not zero. The threshold at the lower end of the longest such
+    interval gives the mask, eroded too. Where no interval has ``min_length`` levels, the mask is empty.
 
     Args:
         anomaly_map: map of one image.
-        low: lowest value in the maps of all images.
-        high: highest value in the maps of all images.
+        low: least of the images' highest values.
+        high: greatest of the images' highest values.
         num_levels: number of thresholds.
         min_length: length of the shortest stable interval, levels.
+        erosion: side of the square that erodes, pixels.
     """
-    levels = np.linspace(high, low, num_levels, endpoint=False)
-    counts = np.array([scipy.ndimage.label(anomaly_map > t, np.ones((3, 3)))[1] for t in levels])  # pyright: ignore
+
+    def cut(level: float) -> Bool[np.ndarray, "h w"]:
+        square = np.ones((erosion, erosion))
+        return np.asarray(scipy.ndimage.binary_erosion(anomaly_map > level, square, border_value=1))
+
+    levels = np.linspace(high, low, num_levels, endpoint=False).tolist()
+    counts = np.array([scipy.ndimage.label(cut(t), np.ones((3, 3)))[1] for t in levels])  # pyright: ignore
     starts = np.flatnonzero(np.append(True, counts[1:] != counts[:-1]))
     lengths = np.diff(np.append(starts, num_levels)) * (counts[starts] > 0)
     best = int(np.argmax(lengths))
     if lengths[best] < min_length:
         return np.zeros(anomaly_map.shape, bool)
-    return anomaly_map > levels[starts[best] + lengths[best] - 1]
+    return cut(levels[starts[best] + lengths[best] - 1])

@@ -201,7 +201,7 @@ def check_images(paths: Iterable[Path]) -> None:
 
 
 def write_png(path: Path, image: Shaped[np.ndarray, "..."]) -> None:
-    """Writes a PNG file atomically, from uint8 (grey or RGB), bool (as 0/255) or float in 0..1."""
+    """Writes a PNG file atomically, from uint8 (grey or RGB), uint16 (grey), bool (as 0/255) or float in 0..1."""
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
     elif np.issubdtype(image.dtype, np.floating):

@@ -18,7 +18,7 @@ from f2pad_jax.images._views import scaled, scaled_mask, size_of
 from f2pad_jax.images.pixels import denormalise, normalise
 from f2pad_jax.inpainting.base import Inpainter
 from f2pad_jax.method.coarse import Coarse, Given, look
-from f2pad_jax.method.decision import Evidence
+from f2pad_jax.method.decision import Evidence, agreeing
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.method.window import Window
 from f2pad_jax.objective.problem import Problem
@@ -60,6 +60,8 @@ class Refined(eqx.Module):
     """Value of Eq. (12) at the solution from which the mask was drawn."""
     outcome: Int[Array | np.ndarray, "*b"]
     """An :class:`~f2pad_jax.Outcome`."""
+    probability: Float[Array | np.ndarray, "*b h w"]
+    """Probability that a pixel is anomalous, from the decision; the mask is where it exceeds one half."""
 
     @property
     def defective(self) -> Bool[Array | np.ndarray, "*b"] | np.bool:
@@ -70,8 +72,8 @@ class Refined(eqx.Module):
 class Solved(eqx.Module):
     """Solution of a whole image at its own size, or of one part at the size of its crop."""
 
-    mask: Bool[Array, "h w"]
-    """Anomaly mask."""
+    probability: Float[Array, "h w"]
+    """Probability that a pixel is anomalous."""
     n: Float[Array, "h w 3"]
     """Normal image, normalised intensity."""
     steps: Int[Array, ""]
@@ -80,6 +82,11 @@ class Solved(eqx.Module):
     """Value of Eq. (12) at the solution from which the mask was drawn."""
     outcome: Int[Array, ""]
     """An :class:`~f2pad_jax.Outcome`."""
+
+    @property
+    def mask(self) -> Bool[Array, "h w"]:
+        """Anomaly mask."""
+        return self.probability > 0.5
 
 
 class Phase(NamedTuple):
@@ -155,8 +162,8 @@ def draw(detector: AbstractDetector, settings: Settings, run: Run, window: Windo
     """Draws the mask of a part whose first phase is over: line 9 of Algorithm 1."""
     problem = run.with_detector(detector)
     n, steps, objective, outcome, _ = finish(problem, run.iterate)
-    mask = settings.decision(settings.solver, Evidence(problem, run.n0, n, window.excess, window.threshold))
-    return Solved(mask, n, steps, objective, outcome)
+    evidence = Evidence(problem, run.n0, n, window.excess, window.threshold)
+    return Solved(settings.decision(settings.solver, evidence), n, steps, objective, outcome)
 
 
 def write_back(image: Solved, window: Window, part: Solved, n: Float[Array, "_h _w 3"]) -> Solved:
@@ -165,11 +172,11 @@ def write_back(image: Solved, window: Window, part: Solved, n: Float[Array, "_h 
     The image keeps x outside the masks. Objectives are summed over parts; of steps and outcomes, the largest is kept.
     """
     n = jnp.where(part.mask[..., None], n, window.crop.cut(window.image))
-    mask = window.crop.paste(part.mask, jnp.zeros(size_of(image.mask), bool))
+    probability = window.crop.paste(part.probability, jnp.zeros_like(image.probability))
     no_part_yet = image.outcome == Outcome.NOTHING_TO_REFINE
     return Solved(
-        image.mask | mask,
-        jnp.where(mask[..., None], window.crop.paste(n, window.image), image.n),
+        jnp.maximum(image.probability, probability),
+        jnp.where(probability[..., None] > 0.5, window.crop.paste(n, window.image), image.n),
         jnp.maximum(image.steps, part.steps),
         image.objective + part.objective,
         jnp.where(no_part_yet, part.outcome, jnp.maximum(image.outcome, part.outcome)),
@@ -182,7 +189,7 @@ def untouched(image: Float[Array, "h w 3"], coarse: Coarse) -> Solved:
     If the suspect region is the whole image, no good pixel is left to start from, and the mask is m0.
     """
     covered = coarse.covered
-    mask = covered & scaled_mask(coarse.mask, size_of(image))
+    mask = (covered & scaled_mask(coarse.mask, size_of(image))).astype(jnp.float32)
     zero = jnp.zeros((), jnp.int32)
     outcome = jnp.where(covered, int(Outcome.COVERS_IMAGE), int(Outcome.NOTHING_TO_REFINE))
     return Solved(mask, normalise(image), zero, jnp.zeros(()), outcome)
@@ -205,13 +212,15 @@ def compose(
     mask = found | (lost & m0)
     outcome = jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome)
     share = jnp.sum(mask) / jnp.sum(counts)
+    region = scaled_mask(coarse.region, size)
+    outside = settings.decision.prior(scaled(coarse.excess, size))
     return Refined(
         mask=mask,
         normal=normal,
         anomaly=image - normal,
         coarse_map=scaled(coarse.anomaly_map, size),
         coarse_mask=m0,
-        region=scaled_mask(coarse.region, size),
+        region=region,
         score=coarse.score,
         p_value=coarse.p_value,
         unlike=coarse.unlike,
@@ -219,6 +228,7 @@ def compose(
         steps=solved.steps,
         objective=solved.objective,
         outcome=jnp.where((share > MOST) & (outcome != Outcome.NON_FINITE), int(Outcome.COVERS_IMAGE), outcome),
+        probability=counts * agreeing(jnp.where(region, solved.probability, outside), mask),
     )
 
 
@@ -244,7 +254,7 @@ def decompose(
         run = jax.lax.while_loop(lambda run: run.going, lambda run: advance(detector, settings, run), run)
 
         def restored() -> Solved:
-            return Solved(region, *finish(run.with_detector(detector), run.iterate)[:4])
+            return Solved(region.astype(jnp.float32), *finish(run.with_detector(detector), run.iterate)[:4])
 
         found = jax.lax.cond(phase == 0, lambda: draw(detector, settings, run, window), restored)
         return found.mask, found

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.images._morphology import filled, opened, reached
@@ -32,11 +32,15 @@ class Evidence(NamedTuple):
 
 
 class AbstractDecision(eqx.Module):
-    """Rule that draws the mask."""
+    """Rule that draws the mask: the pixels whose probability exceeds one half."""
 
     @abc.abstractmethod
-    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Returns the anomalous pixels."""
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Float[Array, "h w"]:
+        """Returns the probability that each pixel is anomalous, 0 outside the suspect region."""
+
+    def prior(self, excess: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        """Returns the probability that the coarse map alone gives; here 0. Pixels outside the suspect region keep it."""
+        return jnp.zeros_like(excess)
 
 
 class Residual(AbstractDecision):
@@ -46,32 +50,24 @@ class Residual(AbstractDecision):
     """Threshold of |a|, normalised intensity. Paper: 0, but gradient steps on LOG never bring a to 0. The solver
     :class:`~f2pad_jax.solvers.Proximal` does, and ignores τ."""
 
-    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Returns the pixels with |a| > τ, opened."""
-        return opened(solver.anomalous(evidence.problem, evidence.n, self.tau))
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Float[Array, "h w"]:
+        """Returns 1 for the pixels with |a| > τ, opened, and 0 for the others."""
+        return opened(solver.anomalous(evidence.problem, evidence.n, self.tau)).astype(jnp.float32)
 
 
 class Mixture(AbstractDecision):
-    """Rule that combines residuals and coarse map in a model with two classes of pixels, anomalous and normal.
+    """Hidden Markov random field with two classes of pixels, anomalous and normal.
 
     Departure: the paper thresholds |a| and leaves the coarse map out. On real defects, a is 0 or noise where a part of the
-    defect looks like the object, or where n keeps the defect. The model has no threshold to calibrate. Its stages:
+    defect looks like the object, or where n keeps the defect. The rule has four stages:
 
-    1. Residuals: x is compared with the first guess n0 and with the solution n. A residual is the distance of a pixel of x
-       to the most similar pixel at most ``tolerance`` pixels away. Slightly displaced structure is thus no anomaly.
-    2. Model: in each class, the logarithms of both residuals are jointly Gaussian. The coarse map gives the prior odds.
-    3. Inference: expectation-maximisation fits the Gaussians and each pixel's posterior, with a mean-field Potts term
-       between neighbours. If the residuals separate two classes, as for a patch of one colour, they set the border to the
-       pixel. Otherwise the Gaussians coincide and the map decides.
-    4. Two starts: inference starts from the prior odds, and from the residual of n split by two-means. The first start can
-       fail if the map is a ring around a large defect or a blob around a thin scratch. The second start can find only a
-       part of the defect.
-    5. Selection: inside each of the two masks, n replaces x, and the detector scores the image. A mask explains the scores
-       above 1 that are then gone. The mask that explains more, relative to its area, is selected.
-    6. Extension: beside a glaring part of a defect, the residuals can miss its other parts. Pixels with a high coarse map
-       and high remaining scores are therefore replaced by n as well. They are added where the scores then fall.
-    7. Cleaning: the mask is opened 2x2 and filled. Connected components without a pixel of the coarse map above the
-       detector's threshold are dropped: where the map is broad, n also changes normal structure.
+    1. :meth:`posteriors`: the probability of each pixel, by expectation-maximisation from two starts.
+    2. :meth:`selected`: the start whose mask explains the detector's scores with fewer pixels.
+    3. :meth:`doubtful`: pixels of a high coarse map that the detector still finds abnormal once n replaces x in the mask.
+       They join the mask where the scores fall if n replaces x there as well.
+    4. :meth:`cleaned`: the mask without specks, holes and components that the coarse map does not reach.
+
+    The page "The mask" of the documentation has the equations, their sources and the meaning of each constant.
     """
 
     steepness: Scalar = 3.0
@@ -82,68 +78,109 @@ class Mixture(AbstractDecision):
     """Width of the Potts term's Gaussian neighbourhood, pixels, static."""
     tolerance: int = eqx.field(static=True, default=2)
     """Largest displacement of structure that is no anomaly, pixels, static."""
-    absolute_floor: Scalar = 0.05
-    """Floor of both residuals, normalised intensity: smaller differences hardly count. It is added before the logarithm."""
-    relative_floor: Scalar = 0.2
-    """Floor as a share of the level Σr²/Σr of n's residual r over the region. The larger of both floors counts. Without
-    this floor, the soft rim of a defect could differ from normal pixels as clearly as the core."""
+    floor: Scalar = 0.1
+    """Residual below which differences hardly count, normalised intensity. It is added before the logarithm."""
     spread: Scalar = 0.25
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
     """Number of rounds of expectation-maximisation, static."""
     area_exponent: Scalar = 0.25
-    """Area exponent: the selected mask has the largest explained_score / area**area_exponent."""
+    """Area exponent: the selected mask has the largest explained score / area**area_exponent."""
     unexplained: Scalar = 0.7
-    """Share of the scores above 1 around a pixel. The extension replaces pixels where the selected mask leaves more than
-    this share. It keeps the pixels where the replacement leaves less than this share of the remaining scores."""
+    """Share of the scores above 1 around a pixel. A pixel is doubtful if more remains there, and joins the mask if less
+    than this share of the remaining scores is left after that."""
+    temperature: Scalar = 4.0
+    """Divisor of the posterior's log-odds in the probability: the evidence of neighbours is not independent. The mask does
+    not depend on it."""
 
-    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Bool[Array, "h w"]:
-        """Returns the mask: inference from both starts, selection, extension and cleaning."""
-        prominent = evidence.problem.region & (evidence.excess > (1 + evidence.threshold) / 2)
+    def __call__(self, solver: AbstractSolver, evidence: Evidence) -> Float[Array, "h w"]:
+        """Returns the tempered posterior of the selected start, on the mask's side of one half."""
 
-        def select(masks: Bool[Array, "2 h w"], _):
-            """Selects one of two masks; returns it without and with its extension, then both masks and their scores."""
-            total, local = remaining_scores(evidence, masks)
-            area = jnp.maximum(jnp.sum(masks, axis=(1, 2)), 1)
-            best = jnp.argmax(jnp.log(jnp.maximum(1 - total, 1e-3)) - self.area_exponent * jnp.log(area))
-            extension = prominent & (local[best] > self.unexplained)
-            return jnp.stack([masks[best], masks[best] | extension]), (masks, local)
+        def weigh(masks: Bool[Array, "2 h w"], _):
+            """Scores two masks; returns the selected one without and with its doubtful pixels, then scores and index."""
+            total, around = remaining_scores(evidence, masks)
+            best = self.selected(total, masks)
+            grown = masks[best] | self.doubtful(evidence, around[best])
+            return jnp.stack([masks[best], grown]), (masks, around, best)
 
-        starts = jax.vmap(filled)(self.posteriors(evidence) > 0.5)  # not opened yet: a speck can explain scores
-        # round 1 scores both starts, round 2 the selected mask without and with its extension; one program serves both
-        _, (masks, local) = jax.lax.scan(select, starts, length=2)
-        (mask, extended), (before, after) = masks[1], local[1]
-        mask = filled(opened(mask | (extended & (after < self.unexplained * before)), 2))
-        return reached(evidence.excess > evidence.threshold, mask)
+        posteriors = self.posteriors(evidence)
+        starts = jax.vmap(filled)(posteriors > 0.5)  # not opened yet: a speck can explain scores
+        # round 1 scores both starts, round 2 the selected one without and with its doubtful pixels, in one program
+        _, (masks, around, best) = jax.lax.scan(weigh, starts, length=2)
+        (mask, grown), (before, after) = masks[1], around[1]
+        mask = self.cleaned(evidence, mask | (grown & (after < self.unexplained * before)))
+        log_odds = jax.scipy.special.logit(jnp.clip(posteriors[best[0]], 1e-6, 1 - 1e-6)) / self.temperature
+        return agreeing(evidence.problem.region * jax.nn.sigmoid(log_odds), mask)
+
+    def prior(self, excess: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        """Returns the prior probability, one half at the border of m0."""
+        return jax.nn.sigmoid(self.prior_log_odds(excess))
+
+    def prior_log_odds(self, excess: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        """Returns the prior log-odds, ``steepness`` · log(excess)."""
+        return self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
 
     def posteriors(self, evidence: Evidence) -> Float[Array, "2 h w"]:
-        """Returns the posterior probability of the anomalous class for each of the two starts, 0 outside the region."""
-        problem, n0, n, excess, _ = evidence
-        x, region = problem.x, problem.region.astype(problem.x.dtype)
-        residuals = jax.lax.map(lambda m: tolerant_residual(x, m, self.tolerance), jnp.stack([n0, n]))
-        inside = region * residuals[1]
-        level = jnp.sum(inside**2) / jnp.maximum(jnp.sum(inside), 1e-6)
-        log_r0, log_r = jnp.log(residuals + jnp.maximum(self.absolute_floor, self.relative_floor * level))
-        prior = self.steepness * jnp.log(jnp.maximum(excess, 1e-3))
+        """Returns the posterior probability of the anomalous class for each start, 0 outside the region.
 
-        def log_density(weight: Float[Array, "h w"]) -> Float[Array, "h w"]:
-            """Returns the log-density, up to a constant, of a Gaussian fitted to both log-residuals with these weights."""
-            weight = weight / jnp.maximum(jnp.sum(weight), 1e-6)
-            u, v = (value - jnp.sum(weight * value) for value in (log_r0, log_r))
-            uu, vv, uv = (jnp.sum(weight * product) for product in (u * u, v * v, u * v))
-            uu, vv = uu + self.spread**2, vv + self.spread**2
-            determinant = uu * vv - uv**2
-            square = (vv * u**2 - 2 * uv * u * v + uu * v**2) / determinant
-            return -0.5 * (square + jnp.log(determinant))
+        x is compared with n0 and with n. A residual is the distance of a pixel to the most similar pixel at most
+        ``tolerance`` pixels away. In each class, the logarithms of both residuals are jointly Gaussian. The coarse map
+        gives the prior odds. Neighbours agree.
+
+        The first start is the prior. It can fail if the map is a ring around a large defect or a blob around a thin
+        scratch. The second start is the residual of n, split by two-means. It can find only a part of the defect.
+        """
+        x, region = evidence.problem.x, evidence.problem.region.astype(evidence.problem.x.dtype)
+        images = jnp.stack([evidence.n0, evidence.n])
+        features = jax.lax.map(lambda image: jnp.log(tolerant_residual(x, image, self.tolerance) + self.floor), images)
+        prior = self.prior_log_odds(evidence.excess)
 
         def update(_, q: Float[Array, "h w"]) -> Float[Array, "h w"]:
-            anomalous, normal = log_density(region * q), log_density(region * (1 - q))
-            odds = prior + anomalous - normal + self.coupling * smoothed(2 * q - 1, self.sigma)
-            return region * jax.nn.sigmoid(odds)
+            anomalous, normal = (log_density(features, region * weight, self.spread) for weight in (q, 1 - q))
+            return region * jax.nn.sigmoid(prior + anomalous - normal + self.coupling * smoothed(2 * q - 1, self.sigma))
 
-        high = log_r > two_means(log_r, region)
-        starts = jnp.stack([jax.nn.sigmoid(prior), jnp.where(high, 0.99, 0.01)])
-        return jax.lax.map(lambda q: jax.lax.fori_loop(0, self.num_steps, update, q), region * starts)
+        split = (features[1] > two_means(features[1], region)).astype(x.dtype)
+        starts = region * jnp.stack([jax.nn.sigmoid(prior), split])
+        return jax.lax.map(lambda q: jax.lax.fori_loop(0, self.num_steps, update, q), starts)
+
+    def selected(self, remaining: Float[Array, " k"], masks: Bool[Array, "k h w"]) -> Int[Array, ""]:
+        """Returns the index of the mask that explains most of the scores, relative to its area."""
+        area = jnp.maximum(jnp.sum(masks, axis=(1, 2)), 1)
+        return jnp.argmax(jnp.log(jnp.maximum(1 - remaining, 1e-3)) - self.area_exponent * jnp.log(area))
+
+    def doubtful(self, evidence: Evidence, remaining: Float[Array, "h w"]) -> Bool[Array, "h w"]:
+        """Returns the pixels of a high coarse map around which the mask leaves most of the scores.
+
+        Beside a glaring part of a defect, the residuals can miss its other parts. High is above half-way from the
+        detector's threshold to the border of m0.
+        """
+        high = evidence.excess > (1 + evidence.threshold) / 2
+        return evidence.problem.region & high & (remaining > self.unexplained)
+
+    def cleaned(self, evidence: Evidence, mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+        """Returns the mask opened 2x2 and filled, without components whose coarse map is below the threshold.
+
+        Where the map is broad, n also changes normal structure.
+        """
+        return reached(evidence.excess > evidence.threshold, filled(opened(mask, 2)))
+
+
+def agreeing(probability: Float[Array, "h w"], mask: Bool[Array, "h w"]) -> Float[Array, "h w"]:
+    """Returns the probabilities moved to the mask's side of one half, where they are on the other side."""
+    return jnp.where(mask, jnp.maximum(probability, 0.5 + 2.0**-20), jnp.minimum(probability, 0.5))
+
+
+def log_density(features: Float[Array, "2 h w"], weight: Float[Array, "h w"], spread: Scalar) -> Float[Array, "h w"]:
+    """Returns the log-density, up to a constant, of the Gaussian fitted to both features of the weighted pixels.
+
+    The square of ``spread`` is added to both variances.
+    """
+    weight = weight / jnp.maximum(jnp.sum(weight), 1e-6)
+    u, v = (feature - jnp.sum(weight * feature) for feature in features)
+    uu, vv, uv = (jnp.sum(weight * product) for product in (u * u, v * v, u * v))
+    uu, vv = uu + spread**2, vv + spread**2
+    determinant = uu * vv - uv**2
+    return -0.5 * ((vv * u**2 - 2 * uv * u * v + uu * v**2) / determinant + jnp.log(determinant))
 
 
 def two_means(values: Float[Array, "h w"], weight: Float[Array, "h w"], num_steps: int = 10) -> Float[Array, ""]:

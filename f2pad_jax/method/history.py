@@ -177,4 +177,4 @@ def _advance(solver: AbstractSolver, problem: Problem, iterate: Iterate, num_ste
 
 @eqx.filter_jit
 def _mask(settings: Settings, problem: Problem, window: Window, n0: Array, n: Array) -> Bool[Array, "h w"]:
-    return settings.decision(settings.solver, Evidence(problem, n0, n, window.excess, window.threshold))
+    return settings.decision(settings.solver, Evidence(problem, n0, n, window.excess, window.threshold)) > 0.5
