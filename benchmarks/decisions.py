@@ -117,11 +117,15 @@ def posteriors(rule: Mixture, evidence: Evidence):
 fill = jax.jit(jax.vmap(filled))
 
 
+def complete(detector, evidence: Evidence) -> Evidence:
+    """Returns the evidence with its detector."""
+    return evidence._replace(problem=dataclasses.replace(evidence.problem, detector=detector))
+
+
 @eqx.filter_jit
 def remaining(detector, evidence: Evidence, masks):
     """Returns the remaining scores of two masks; all rules share this program, the longest to compile."""
-    problem = eqx.tree_at(lambda p: p.detector, evidence.problem, detector, is_leaf=lambda leaf: leaf is None)
-    return remaining_scores(evidence._replace(problem=problem), masks)
+    return remaining_scores(complete(detector, evidence), masks)
 
 
 @eqx.filter_jit
@@ -227,6 +231,10 @@ def matting(image, q):
         return q > 0.5
 
 
+WAYS = {"graph cut": graph_cut, "dense CRF": dense_crf, "random walker": walker, "matting": matting}
+"""Other ways to a mask, functions of the image and of probabilities."""
+
+
 def ablations() -> dict[str, Rule]:
     """Returns the default rule without one of its parts."""
     above = jax.jit(lambda evidence, mask: reached(evidence.excess > evidence.threshold, mask))
@@ -265,20 +273,22 @@ def paper(detector, evidence: Evidence):
 
 def all_rules() -> dict[str, Rule]:
     """Returns all rules by name, the default first."""
-    ways = {"graph cut": graph_cut, "dense CRF": dense_crf, "random walker": walker, "matting": matting}
-    others = {name: in_place_of_neighbours(way) for name, way in ways.items()}
+    others = {name: in_place_of_neighbours(way) for name, way in WAYS.items()}
     return {"default": mixture(Mixture())} | ablations() | constants() | others | {"paper": paper}
+
+
+class Shifted(Mixture):
+    """Default rule with shifted prior odds."""
+
+    shift: Any = 0.0
+
+    def prior_log_odds(self, excess):
+        """Returns the shifted log-odds."""
+        return super().prior_log_odds(excess) + self.shift
 
 
 def oracle(detector, solution: Solution) -> np.ndarray:
     """Returns the mask from the best shift of the prior odds of each part."""
-
-    class Shifted(Mixture):
-        shift: Any = 0.0
-
-        def prior_log_odds(self, excess):
-            return super().prior_log_odds(excess) + self.shift
-
     rules = [mixture(Shifted(shift=shift)) for shift in SHIFTS]
     choices = [[rule(detector, evidence) for rule in rules] for evidence, _ in solution.parts]
     best = [masks[SHIFTS.index(0.0)] for masks in choices]
@@ -297,12 +307,11 @@ def from_m0(segment: Callable, solution: Solution) -> np.ndarray:
 def peer_masks(solutions: list[Solution]) -> dict[str, list[np.ndarray]]:
     """Returns the masks of the peers, from the coarse mask."""
     peaks = [float(s.anomaly_map.max()) for s in solutions]
-    ways = {"graph cut": graph_cut, "dense CRF": dense_crf, "random walker": walker, "matting": matting}
     return {
         "m0": [s.m0 for s in solutions],
         "m0, guided filter": [peers.guided_mask(s.image, s.m0) for s in solutions],
         "m0, GrabCut": [peers.grabcut(s.image, s.m0, s.region) for s in solutions],
-        **{f"m0, {name}": [from_m0(way, s) for s in solutions] for name, way in ways.items()},
+        **{f"m0, {name}": [from_m0(way, s) for s in solutions] for name, way in WAYS.items()},
         "map, MEBin": [peers.mebin(s.anomaly_map, min(peaks), max(peaks)) for s in solutions],
     }
 
@@ -344,8 +353,7 @@ def cases(arguments) -> Iterator[tuple[Any, list[Solution], str]]:
 @eqx.filter_jit
 def probability(detector, evidence: Evidence):
     """Returns the probability of the default rule."""
-    problem = eqx.tree_at(lambda p: p.detector, evidence.problem, detector, is_leaf=lambda leaf: leaf is None)
-    return Mixture()(Settings().solver, evidence._replace(problem=problem))
+    return Mixture()(Settings().solver, complete(detector, evidence))
 
 
 def print_reliability(arguments) -> None:

@@ -1,6 +1,7 @@
 """Results of an evaluation on disk: one file for each image, and the curves of a few images."""
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -45,14 +46,17 @@ class ImageResult:
     """Probability that a normal image has this score or a higher one."""
     normal: UInt8[np.ndarray, "h w 3"]
     """Restored image."""
-    masks: dict[str, Bool[np.ndarray, "h w"]]
-    """Refined mask of each variant."""
     steps: dict[str, int]
     """Number of steps of each variant."""
     seconds: dict[str, float]
     """Time of each variant, without compilation."""
     probability: dict[str, Float[np.ndarray, "h w"]]
     """Probability of an anomaly, by variant."""
+
+    @functools.cached_property
+    def masks(self) -> dict[str, Bool[np.ndarray, "h w"]]:
+        """Returns the refined mask of each variant."""
+        return {variant: values > 0.5 for variant, values in self.probability.items()}
 
     @property
     def marked(self) -> bool:
@@ -112,7 +116,7 @@ def save_image(
             "p_value": np.float64(result.p_value),
             "normal": np.rint(result.normal * 255).astype(np.uint8),
         }
-    arrays |= {f"mask {variant}": result.mask, f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
+    arrays |= {f"steps {variant}": result.steps, f"seconds {variant}": np.float64(seconds)}
     arrays |= {f"probability {variant}": result.probability}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
@@ -135,7 +139,6 @@ def load_images(folder: Path) -> list[ImageResult]:
                     **{key: arrays[key] for key in SHARED_BY_VARIANTS},
                     score=float(arrays["score"]),
                     p_value=float(arrays["p_value"]),
-                    masks={v: arrays[f"mask {v}"] for v in variants},
                     steps={v: int(arrays[f"steps {v}"]) for v in variants},
                     seconds={v: float(arrays[f"seconds {v}"]) for v in variants},
                     probability={v: arrays[f"probability {v}"] for v in variants},
@@ -156,4 +159,4 @@ def load_curves(folder: Path) -> dict[str, Curves]:
 
 
 def _variants(names: Iterable[str]) -> list[str]:
-    return [name.removeprefix("mask ") for name in names if name.startswith("mask ")]
+    return [name.removeprefix("probability ") for name in names if name.startswith("probability ")]

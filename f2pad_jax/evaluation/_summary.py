@@ -50,7 +50,7 @@ def summarise(folder: Path) -> list[Record]:
         "coarse_dice": mean(metrics.dice, m0),
         "backbone_iou": mean(metrics.iou, maps > best),
         "backbone_dice": mean(metrics.dice, maps > best),
-        **over_thresholds(maps, truth),
+        **over_thresholds(maps, truth, best),
         "seg_f1": pooled_f1(m0, truth),
         "image_auroc": image_auroc,
         "marked_defects": sum(i.marked for i in defective),
@@ -70,6 +70,11 @@ def summarise(folder: Path) -> list[Record]:
             "seconds_per_image": seconds,
         }
 
+    def of_probability(variant: str) -> Record:
+        probability = np.stack([i.probability[variant] for i in images])
+        values = over_thresholds(probability, truth, metrics.best_threshold(probability, truth))
+        return {f"probability_{name}": value for name, value in values.items()}
+
     records = [
         record(
             variant,
@@ -77,26 +82,26 @@ def summarise(folder: Path) -> list[Record]:
             float(np.mean([i.steps[variant] for i in defective])),
             float(np.sum([i.seconds[variant] for i in images])) / len(defective),
         )
-        | over_thresholds(np.stack([i.probability[variant] for i in images]), truth, "probability_")
+        | of_probability(variant)
         for variant in (FULL, *ABLATIONS)
         if defective and all(variant in i.masks for i in images)
     ]
     return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items() if defective]
 
 
-def over_thresholds(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], prefix: str = "") -> Record:
-    """Returns the metrics of maps over all thresholds, all images pooled, with a prefix to their names."""
-    values = {
+def over_thresholds(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], best: float) -> Record:
+    """Returns the metrics of maps over all thresholds, all images pooled; ``best`` is the threshold of best F1."""
+    aupro, aupro_05 = metrics.aupros(maps, truth, (0.3, 0.05))
+    return {
         "auroc": metrics.auroc(maps, truth),
         "ap": metrics.average_precision(maps, truth),
-        "f1_max": metrics.f1_max(maps, truth),
-        "aupro": metrics.aupro(maps, truth),
-        "aupro_05": metrics.aupro(maps, truth, max_fpr=0.05),
+        "f1_max": pooled_f1(maps > best, truth),
+        "aupro": aupro,
+        "aupro_05": aupro_05,
     }
-    return {prefix + name: value for name, value in values.items()}
 
 
-def pooled_f1(masks: Sequence[Mask], truth: Bool[np.ndarray, "n h w"]) -> float:
+def pooled_f1(masks: Sequence[Mask] | Bool[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -> float:
     """Returns the pixel F1 of masks, all images pooled."""
     return metrics.dice(np.concatenate(masks), truth.reshape(-1, truth.shape[-1]))
 

@@ -1,5 +1,7 @@
 """Metrics of masks (paper, Eq. 17, and of their outlines), and of anomaly maps over all thresholds."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.ndimage
 import sklearn.metrics
@@ -60,8 +62,14 @@ def aupro(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], *,
     The overlap at a threshold is the mean detected share of the connected defects (8-neighbours). It is integrated over the
     false positive rate of all pixels, up to ``max_fpr``, and divided by ``max_fpr``.
     """
+    (area,) = aupros(maps, truth, (max_fpr,))
+    return area
+
+
+def aupros(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], limits: Sequence[float]) -> list[float]:
+    """Returns :func:`aupro` up to each limit of the false positive rate, from one curve."""
     if truth.all() or not truth.any():
-        return float("nan")
+        return [float("nan")] * len(limits)
     weights = np.zeros(truth.shape)  # 1 / size of the pixel's defect
     regions = 0
     for weight, mask in zip(weights, truth, strict=True):
@@ -74,9 +82,13 @@ def aupro(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], *,
     fpr = np.cumsum(~truth.ravel()[order]) / np.sum(~truth)
     last = np.append(values[:-1] != values[1:], True)  # no threshold separates equal values
     fpr, overlap = np.append(0.0, fpr[last]), np.append(0.0, overlap[last])
-    inside = fpr <= max_fpr
-    fpr, overlap = np.append(fpr[inside], max_fpr), np.append(overlap[inside], np.interp(max_fpr, fpr, overlap))
-    return float(np.trapezoid(overlap, fpr) / max_fpr)
+
+    def area(limit: float) -> float:
+        inside = fpr <= limit
+        x, y = np.append(fpr[inside], limit), np.append(overlap[inside], np.interp(limit, fpr, overlap))
+        return float(np.trapezoid(y, x) / limit)
+
+    return [area(limit) for limit in limits]
 
 
 def boundary_f1(mask: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "h w"], tolerance: float | int) -> float:
