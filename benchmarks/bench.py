@@ -24,7 +24,7 @@ from f2pad_jax._backend import on_cpu
 from f2pad_jax._timing import compile_seconds
 from f2pad_jax.backbones import Backbone, find_network, load_backbone
 from f2pad_jax.backbones.backbone import load_to_depth
-from f2pad_jax.commands._console import add_network, at_least, shown_progress, use_compilation_cache
+from f2pad_jax.commands._console import add_network, at_least, shown_progress
 from f2pad_jax.data import load_texture, open_category
 from f2pad_jax.data.textures import TEXTURES
 from f2pad_jax.detectors import DETECTORS, AbstractDetector
@@ -431,7 +431,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         help=f"parts of the benchmark (default: all): {'; '.join(f'{name} ({text})' for name, text in PARTS.items())}",
     )
     arguments = parser.parse_args(argv)
-    use_compilation_cache()
     with shown_progress() as progress:
         bench(**vars(arguments), progress=progress, say=lambda line: print(line, flush=True))
 

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 ORDER = (
     ("errors",),
-    ("progress", "_version", "_storage", "_timing", "_backend"),
+    ("progress", "_version", "_storage", "_timing", "_backend", "_cache"),
     ("images",),
     ("backbones",),
     ("data",),

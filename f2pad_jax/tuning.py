@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
-from scipy.stats import sem
 
 from f2pad_jax.backbones.backbone import Backbone
 from f2pad_jax.data.cutpaste import Defective
@@ -176,7 +176,7 @@ def tune_weights(
         for value in values[1:]:
             challenger = best._replace(**{name: value})
             gains = race(challenger, best)
-            mean, error = float(gains.mean()), float(sem(gains))
+            mean, error = float(gains.mean()), float(np.std(gains, ddof=1) / math.sqrt(len(gains)))
             trials.append(Trial(*challenger, float(np.mean(scores[challenger])), len(gains), mean, error, False))
             if is_gain(mean, error):
                 best = challenger

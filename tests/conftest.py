@@ -13,6 +13,7 @@ from f2pad_jax.backbones import Backbone, load_backbone
 from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import AbstractDetector, Calibration, PatchCore, PixelPrior
 from f2pad_jax.images import MEAN, STD
+from f2pad_jax.method import _tiling as tiling
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,7 @@ def backbone():
 
 SIZE = 96
 """Side of the small photographs that whole images are refined on."""
+tiling.WINDOWS = (64, *tiling.WINDOWS)  # the small photographs have windows too
 
 
 @pytest.fixture(scope="module")

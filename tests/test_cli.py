@@ -9,12 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 from conftest import SIZE
 
 from f2pad_jax import Settings, __version__, load_detector
+from f2pad_jax._cache import keep_programs
 from f2pad_jax.commands import COMMANDS, _console, main
 from f2pad_jax.commands import _refine_files as refine_files
 from f2pad_jax.commands.refine import distinct, result_names
@@ -367,11 +369,60 @@ def test_every_command_has_a_help_text(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    ([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
-    assert len(names) == len(COMMANDS) + 1, "fit and tune share a module"
+    assert names == list(COMMANDS)
     for name in names:
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: f2pad {name}")
+
+
+def test_help_and_version_come_before_jax():
+    code = """
+import sys
+from f2pad_jax.commands import main
+for words in (["--help"], ["--version"], ["no-such-command"]):
+    try:
+        main(words)
+    except SystemExit:
+        pass
+sys.exit(sorted(sys.modules.keys() & {"jax", "numpy", "sklearn", "skimage"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("[]\n"), done.stderr
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    code = """
+import jax
+from f2pad_jax.backbones import load_backbone
+load_backbone("efficientnet-lite0", layers=("stage2",))
+jax.block_until_ready(jax.jit(lambda x: 3 * x + 1)(2.0))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert main(["cache"]) == 0
+    count, *_, folder = capsys.readouterr().out.split()
+    assert int(count) >= 1 and Path(folder) == tmp_path / "f2pad_jax" / "programs"
+    assert main(["cache", "clear"]) == 0 and list(Path(folder).iterdir()) == []
+    assert main(["cache"]) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("0 programs")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "f2pad_jax").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = "compilation_cache_dir", "compilation_cache_max_size", "persistent_cache_min_compile_time_secs"
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other" / "f2pad_jax" / "programs")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_the_command_runs_as_a_module():

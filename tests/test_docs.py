@@ -94,7 +94,7 @@ def test_few_blocks_are_not_run():
 def test_command_lines_are_understood(path):
     for words, line in commands(path):
         try:
-            parser().parse_args(words)
+            parser(words).parse_args(words)
         except SystemExit:
             pytest.fail(f"{path.name}, block at line {line}: f2pad {shlex.join(words)}")
 
@@ -105,7 +105,7 @@ def test_a_wrong_command_line_is_seen(tmp_path):
     ((words, _),) = commands(page)
     assert words == ["fit", "good/", "--oout", "m"]
     with pytest.raises(SystemExit):
-        parser().parse_args(words)
+        parser(words).parse_args(words)
 
 
 @named(NOTEBOOKS)

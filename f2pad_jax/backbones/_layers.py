@@ -216,13 +216,29 @@ def _depthwise_forward(x, kernel, stride):
 
 def _depthwise_backward(stride, residuals, g):
     x, kernel = residuals
-    # XLA removes the kernel's gradient from the program where it is unused
-    kernel_gradient = jax.vjp(lambda kernel: _depthwise(x, kernel, stride), kernel)[1](g)[0]
-    return _depthwise_transposed(g, kernel, stride, x.shape[:2]), kernel_gradient
+    return _depthwise_transposed(g, kernel, stride, x.shape[:2]), _depthwise_kernel_gradient(x, g, len(kernel), stride)
 
 
-depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
-depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+def _depthwise_kernel_gradient(
+    x: Float[Array, "h w c"], g: Float[Array, "h2 w2 c"], k: int, stride: int
+) -> Float[Array, "k k c"]:
+    """Returns Σ_t x[s·t + i - before] · g[t] at tap i, as one grouped convolution: XLA removes it where it is unused."""
+    pads = [same_padding(size, k, stride) for size in x.shape[:2]]
+    c = x.shape[-1]
+    found = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, -1, 0)[None],
+        jnp.moveaxis(g, -1, 0)[:, None],
+        (1, 1),
+        pads,
+        rhs_dilation=(stride, stride),
+        feature_group_count=c,
+    )
+    return jnp.moveaxis(found[0, :, :k, :k], 0, -1)
+
+
+_differentiable_depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
+_differentiable_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+depthwise = jax.jit(_differentiable_depthwise, static_argnums=2)  # traced once for all blocks of one shape
 
 
 def _depthwise_transposed(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from f2pad_jax._cache import user_cache
 from f2pad_jax._storage import check_file, content_checksum, file_sha256, read_safetensors, write_safetensors
 from f2pad_jax.backbones._torchfile import read_torch_file, read_training_checkpoint
 from f2pad_jax.errors import CheckpointError
@@ -35,7 +36,7 @@ def cache_folder() -> Path:
         return Path(folder)
     if (_SOURCE / "manifest.json").exists() and os.access(_SOURCE, os.W_OK):
         return _SOURCE
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax"
+    return user_cache()
 
 
 def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from f2pad_jax import _storage as storage
+from f2pad_jax._cache import keep_programs
 from f2pad_jax.backbones import _efficientnet as efficientnet
 from f2pad_jax.backbones import _mae as mae
 from f2pad_jax.backbones import _resnet as resnet
@@ -179,6 +180,7 @@ def canonical_name(name: str) -> str:
 
 def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.GraphDef, nnx.State, dict[str, np.ndarray]]:
     """Loads a network up to a layer: its graph, its weights in this backend's form, and its tensors as in the file."""
+    keep_programs()  # every detector needs a network, and loads it before it compiles
     network = NETWORKS[name]
     tensors = weight_files.load(name, lambda tensors: convert(network, tensors), weights)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: network.build(through)))

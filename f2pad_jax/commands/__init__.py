@@ -3,13 +3,26 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from f2pad_jax._version import __version__
-from f2pad_jax.commands import bench, demo, evaluate, fit, import_anomalib, make_dataset, refine, weights
 from f2pad_jax.errors import F2padError
 
-COMMANDS = (demo, fit, import_anomalib, refine, make_dataset, evaluate, bench, weights)
-"""Modules of the sub-commands, in the order of the help text."""
+COMMANDS = {
+    "demo": "try the method on photographs of three textures, and compare the refined masks with the coarse masks",
+    "fit": "fit a detector to a folder of defect-free images",
+    "tune": "fit a detector, and choose the weights of the objective on synthetic defects; takes some minutes",
+    "import": "import a detector trained with anomalib 2.x, and calibrate it on defect-free images",
+    "refine": "mark the anomalous pixels of images; a stopped run continues where it stopped",
+    "make-dataset": "make a data set in MVTec layout by pasting synthetic defects on normal images",
+    "evaluate": "measure detectors with and without refinement, as in the paper's tables; a stopped run continues",
+    "bench": "measure images per second, and the time of each stage, on this machine; needs a source checkout",
+    "weights": "list, download, convert and verify the weights of the networks",
+    "cache": "show the compiled programs that are kept for later runs, or delete them",
+}
+"""Sub-commands and their help texts, sentences without a full stop, in the order of the help text."""
+_MODULES = {"tune": "fit", "import": "import_anomalib", "make-dataset": "make_dataset"}
+"""Names of the modules of sub-commands, where they differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``f2pad refine --fail-on-defect`` returns 1 for a defect. An error is printed in one line on standard error.
     """
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser(argv).parse_args(argv)
     try:
         return arguments.run(arguments) or 0
     except F2padError as error:
@@ -32,11 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser of a command line. Only the sub-command that it calls is imported: JAX takes seconds."""
     found = argparse.ArgumentParser(prog="f2pad", description="Pixel-accurate anomaly segmentation (F2PAD in JAX).")
     found.add_argument("--version", action="version", version=f"f2pad-jax {__version__}")
     commands = found.add_subparsers(required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add(commands)
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        # the script behind "bench" also answers "--help"
+        options = {"add_help": False, "prefix_chars": "\0"} if name == "bench" else {}
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **options)
+        if name == called:
+            module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
+            module.add(command)
+            command.set_defaults(run=module.run)
     return found

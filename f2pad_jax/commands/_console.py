@@ -1,16 +1,14 @@
-"""Helpers of all sub-commands: arguments, output folders, progress, and the cache of compiled programs."""
+"""Helpers of all sub-commands: arguments, output folders and progress."""
 
 import argparse
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -36,22 +34,6 @@ COMPILING = (
     "its program is compiled, and kept for later runs"
 )
 """Message before the first image is refined."""
-
-
-def add_command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]
-) -> argparse.ArgumentParser:
-    """Adds a sub-command and returns its parser.
-
-    Args:
-        commands: sub-parsers of the command line, as ``add_subparsers`` returns them.
-        name: name of the sub-command.
-        text: help text, one sentence without its full stop.
-        run: function that runs the sub-command, and returns the exit status if it can differ from 0.
-    """
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -153,14 +135,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise OptionError(f"{path}: not a folder; --out must name a folder that exists or can be made") from None
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache, unless JAX's own variable names another folder."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax" / "programs"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 @contextlib.contextmanager

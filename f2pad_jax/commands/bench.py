@@ -3,21 +3,15 @@
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from f2pad_jax.errors import OptionError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench.py"
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command. It passes all its arguments on to the script."""
-    text = (
-        "measure images per second, and the time of each stage, on this machine; needs a source checkout and some minutes"
-    )
-    parser = commands.add_parser("bench", help=text, add_help=False, prefix_chars="\0")  # the script also answers "--help"
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds one argument, which passes the command line on to the script."""
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,19 +8,15 @@ import numpy as np
 
 from f2pad_jax.commands._console import (
     COMPILING,
-    add_command,
     at_least,
     make_folder,
     shown_progress,
-    use_compilation_cache,
 )
 from f2pad_jax.commands._textures_demo import run_demo
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command."""
-    text = "try the method on photographs of three textures, and compare the refined masks with the coarse masks"
-    parser = add_command(commands, "demo", text, run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -35,7 +31,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the demonstration and prints a table of the IoU and DICE of the masks before and after refinement."""
     make_folder(arguments.out)
-    use_compilation_cache()
     print(COMPILING)
     with shown_progress() as progress:
         summary = run_demo(arguments.out, seed=arguments.seed, progress=progress)

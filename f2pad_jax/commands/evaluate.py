@@ -2,10 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from f2pad_jax.commands._console import (
-    add_command,
     add_ignored,
     add_network,
     add_seed,
@@ -13,7 +11,6 @@ from f2pad_jax.commands._console import (
     at_least,
     make_folder,
     shown_progress,
-    use_compilation_cache,
 )
 from f2pad_jax.data.mvtec import HALVES
 from f2pad_jax.detectors.registry import DETECTORS
@@ -23,10 +20,8 @@ from f2pad_jax.evaluation.runs import evaluate
 from f2pad_jax.evaluation.tables import write_tables
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command."""
-    text = "measure detectors with and without refinement, as in the paper's tables; a stopped run continues"
-    parser = add_command(commands, "evaluate", text, run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument(
         "root",
         type=Path,
@@ -90,7 +85,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the evaluation, prints the tables and writes the report."""
     make_folder(arguments.out)
-    use_compilation_cache()
     with shown_progress() as progress:
         records = evaluate(
             arguments.root,

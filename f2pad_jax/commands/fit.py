@@ -15,14 +15,12 @@ from jaxtyping import Float
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_backbone
 from f2pad_jax.commands._console import (
-    add_command,
     add_false_alarms,
     add_ignored,
     add_network,
     add_seed,
     add_size,
     shown_progress,
-    use_compilation_cache,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images, score_chart
 from f2pad_jax.commands._refine_files import coarse_map
@@ -39,22 +37,8 @@ _GENERAL = frozenset(inspect.signature(fitting.fit).parameters)
 """Names of the arguments of all methods."""
 
 
-def add(commands: Any) -> None:
-    """Adds both sub-commands."""
-    parser = add_command(commands, "fit", "fit a detector to a folder of defect-free images", run)
-    _add_arguments(parser)
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="also choose the weights of the objective for these images, as 'f2pad tune' does",
-    )
-    text = "fit a detector, and choose the weights of the objective on synthetic defects; takes some minutes"
-    parser = add_command(commands, "tune", text, run)
-    _add_arguments(parser)
-    parser.set_defaults(tune=True)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of both sub-commands."""
     parser.add_argument("normal", type=Path, metavar="NORMAL_DIR", help="folder of defect-free images")
     parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to write")
     parser.add_argument(
@@ -92,6 +76,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help=f"options of the method; each method has its own ({known})",
     )
+    if parser.prog.endswith(" tune"):
+        parser.set_defaults(tune=True)
+    else:
+        text = "also choose the weights of the objective for these images, as 'f2pad tune' does"
+        parser.add_argument("--tune", action="store_true", help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -100,7 +89,6 @@ def run(arguments: argparse.Namespace) -> None:
     A stopped training continues from the file ``MODEL.partial`` beside the model file.
     """
     paths = normal_images(arguments.normal, arguments.out)
-    use_compilation_cache()
     method = DETECTORS[arguments.method]
     options = parsed_options(method, arguments.option)
     layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))

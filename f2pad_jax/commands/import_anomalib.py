@@ -2,15 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from f2pad_jax.commands._console import (
-    add_command,
     add_false_alarms,
     add_seed,
     at_least,
     shown_progress,
-    use_compilation_cache,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images
 from f2pad_jax.detectors.anomalib import load_anomalib
@@ -18,10 +15,8 @@ from f2pad_jax.detectors.saving import save_detector
 from f2pad_jax.images.files import read_image
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command."""
-    text = "import a detector trained with anomalib 2.x, and calibrate it on defect-free images"
-    parser = add_command(commands, "import", text, run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help=".ckpt file that anomalib's engine saved")
     parser.add_argument(
         "normal",
@@ -44,7 +39,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Imports and calibrates a detector and writes the model file."""
     paths = normal_images(arguments.normal, arguments.out)
-    use_compilation_cache()
     size = tuple(arguments.size) if arguments.size else None
     images = (read_image(path) for path in paths)
     with shown_progress() as progress:

@@ -2,16 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from f2pad_jax.commands._console import add_command, add_seed, at_least, make_folder, shown_progress
+from f2pad_jax.commands._console import add_seed, at_least, make_folder, shown_progress
 from f2pad_jax.data.dataset import make_dataset, read_manifest, rebuild_dataset
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command."""
-    text = "make a data set in MVTec layout by pasting synthetic defects on normal images"
-    parser = add_command(commands, "make-dataset", text, run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("root", type=Path, metavar="ROOT", help="data set in MVTec layout; its normal images are used")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for the new data set")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="categories to make (default: all)")

@@ -16,13 +16,11 @@ import jax
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.commands._console import (
     COMPILING,
-    add_command,
     add_false_alarms,
     at_least,
     make_folder,
     positive,
     shown_progress,
-    use_compilation_cache,
 )
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import Record, Reported, checksum_of, refine_files, worker
@@ -37,10 +35,8 @@ from f2pad_jax.method.settings import Settings
 from f2pad_jax.regions.formats import FORMATS, write_tables
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command."""
-    text = "mark the anomalous pixels of images; a stopped run continues where it stopped"
-    parser = add_command(commands, "refine", text, run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="model file, from 'f2pad fit' or 'f2pad import'")
     parser.add_argument(
         "images",
@@ -135,7 +131,6 @@ def run(arguments: argparse.Namespace) -> int:
     if given["maps"] is None and given["masks"] is None and detector.calibrated.maps != "own":
         raise OptionError(f"{arguments.model} has no maps of its own; give --maps or --masks")
     make_folder(out)
-    use_compilation_cache()
     settings = Settings() if arguments.config is None else read_settings(arguments.config)
     if arguments.false_alarms is not None:
         settings = dataclasses.replace(settings, false_alarms=arguments.false_alarms)

@@ -3,25 +3,27 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from f2pad_jax.backbones._fetch import convert_weights, fetch, list_weights, verify
 from f2pad_jax.backbones._weight_files import cache_folder
-from f2pad_jax.commands._console import add_command, shown_progress
+from f2pad_jax.commands._console import shown_progress
 from f2pad_jax.errors import CheckpointError
 
 
-def add(commands: Any) -> None:
-    """Adds the sub-command with its actions."""
-    text = "list, download, convert and verify the weights of the networks"
-    actions = add_command(commands, "weights", text, run).add_subparsers(dest="action", required=True, metavar="ACTION")
-    add_command(actions, "list", "list the networks, the sources of their weights, and the installed files", run)
-    parser = add_command(actions, "fetch", "download weights, check them, and convert them to the library's format", run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    action("list", "list the networks, the sources of their weights, and the installed files")
+    parser = action("fetch", "download weights, check them, and convert them to the library's format")
     parser.add_argument("names", nargs="+", metavar="NAME", help="network, such as resnet18")
-    parser = add_command(actions, "convert", "convert and install a weight file that you downloaded yourself", run)
+    parser = action("convert", "convert and install a weight file that you downloaded yourself")
     parser.add_argument("file", type=Path, metavar="FILE", help="weight file: .pth, .bin or .safetensors")
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help="network that the weights belong to")
-    parser = add_command(actions, "verify", "check installed weights against their checksums", run)
+    parser = action("verify", "check installed weights against their checksums")
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks to check (default: all that are installed)")
 
 

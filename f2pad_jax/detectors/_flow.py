@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.stats import special_ortho_group
 
 CONDITION_SIZE = 128
 """Number of channels of the condition, the encoding of a position."""
@@ -58,6 +57,8 @@ class Coupling(eqx.Module):
     @staticmethod
     def initial(rng: np.random.Generator, channels: int) -> "Coupling":
         """Returns an untrained block: weights in ±1/√fan_in as in PyTorch, global scale 1, offset 0, random rotation."""
+        from scipy.stats import special_ortho_group  # takes half a second to import
+
         half = channels // 2
         d = channels - half + CONDITION_SIZE
 

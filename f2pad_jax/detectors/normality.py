@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
-from scipy.stats import beta, norm, t
+from scipy.special import betaincinv, ndtr, stdtrit
 
 from f2pad_jax.images._smoothing import smoothed
 from f2pad_jax.images.pixels import Scalar
@@ -139,7 +139,7 @@ def highest_level(levels: Sequence[float]) -> float:
     n = len(levels)
     if n < 2:
         return math.inf
-    factor = t.ppf(norm.cdf(DEVIATIONS), n - 1) * math.sqrt(1 + 1 / n)
+    factor = stdtrit(n - 1, ndtr(DEVIATIONS)) * math.sqrt(1 + 1 / n)
     return float(np.mean(levels) + factor * np.std(levels, ddof=1))
 
 
@@ -184,7 +184,7 @@ def certified_rate(num_above: int, num_normals: int, confidence: float = 0.95) -
     """
     if num_above >= num_normals:
         return 1.0
-    return float(beta.ppf(confidence, num_above + 1, num_normals - num_above))
+    return float(betaincinv(num_above + 1, num_normals - num_above, confidence))
 
 
 def folds(count: int, seed: int, num_folds: int = FOLDS, groups: Sequence[Hashable] | None = None) -> Sequence[list[int]]:

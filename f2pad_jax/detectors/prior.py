@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 _GAIN = 1e-4
@@ -57,6 +55,9 @@ def fit_prior(
             bounds the precision for grey images, whose channels are equal.
         seed: seed of the initial k-means.
     """
+    from sklearn.exceptions import ConvergenceWarning  # takes most of a second to import, and is needed by a fit alone
+    from sklearn.mixture import BayesianGaussianMixture
+
     mixture = BayesianGaussianMixture(
         n_components=min(num_components, len(pixels)),
         reg_covar=floor**2,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.ndimage
-import sklearn.metrics
 from jaxtyping import Bool, Float
 
 
@@ -46,14 +45,18 @@ def f1_max(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -
 
 def average_precision(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -> float:
     """Returns the area under the pixel precision-recall curve, 0..1, all images pooled; NaN without a defect."""
-    return float(sklearn.metrics.average_precision_score(truth.ravel(), maps.ravel())) if truth.any() else float("nan")
+    from sklearn.metrics import average_precision_score  # imported by the few who need it: it takes most of a second
+
+    return float(average_precision_score(truth.ravel(), maps.ravel())) if truth.any() else float("nan")
 
 
 def auroc(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -> float:
     """Returns the area under the pixel ROC curve, 0..1, all images pooled; NaN if one class is missing."""
+    from sklearn.metrics import roc_auc_score
+
     if truth.all() or not truth.any():
         return float("nan")
-    return float(sklearn.metrics.roc_auc_score(truth.ravel(), maps.ravel()))
+    return float(roc_auc_score(truth.ravel(), maps.ravel()))
 
 
 def aupro(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], *, max_fpr: float = 0.3) -> float:

@@ -8,9 +8,10 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Array, Bool, Int
 
-WINDOWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+WINDOWS = (96, 160, 256, 448)
 """Sides of square windows, pixels. The whole image is used if no window holds the region. The cost of a step is
-proportional to the area. Every side in use compiles one more program, whose memory maps count towards a process's limit."""
+proportional to the area, and every side in use compiles more programs. Ten sides would save a fifth of the pixels, and
+compile twice as often (``benchmarks/shapes.py``)."""
 
 
 def window_offset(region: Bool[Array, "h w"], size: tuple[int, int], stride: int) -> Int[Array, " 2"]:

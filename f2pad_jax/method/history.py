@@ -16,7 +16,7 @@ from f2pad_jax.images.pictures import figures, overlay, to_uint8
 from f2pad_jax.images.pixels import denormalise, to_unit
 from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.inpainting.base import Inpainter
-from f2pad_jax.method._tiling import WINDOWS, crop_size, window_size
+from f2pad_jax.method import _tiling as tiling
 from f2pad_jax.method.algorithm import start, untouched
 from f2pad_jax.method.coarse import Given, look
 from f2pad_jax.method.decision import Evidence
@@ -131,8 +131,8 @@ def history(
         )
     size = size_of(region)
     if settings.margin is not None and detector.local:
-        size = window_size(region, settings.margin, detector.stride, WINDOWS)
-    crop = crop_size(region, size, size_of(unit), settings.margin)
+        size = tiling.window_size(region, settings.margin, detector.stride, tiling.WINDOWS)
+    crop = tiling.crop_size(region, size, size_of(unit), settings.margin)
     window = _around(detector, unit, coarse, coarse.region, size, crop)
     inpainter = choose(inpaint, detector.calibrated.normals)
     run = _start(detector, window, window.region, jnp.asarray(0), settings, inpainter)

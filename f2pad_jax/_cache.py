@@ -1,0 +1,39 @@
+"""The library's folder in the user's cache, which keeps compiled programs."""
+
+import os
+from pathlib import Path
+
+import jax
+
+PROGRAMS_SIZE = 2**30
+"""Size of the folder of compiled programs above which the least recently used are deleted, bytes."""
+
+
+def user_cache() -> Path:
+    """Returns the library's folder in the user's cache: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax"
+
+
+def programs_folder() -> Path:
+    """Returns the folder of compiled programs."""
+    return user_cache() / "programs"
+
+
+def keep_programs() -> None:
+    """Makes JAX keep the process's compiled programs in the user's cache, small ones too, for later processes.
+
+    Nothing changes if JAX has a folder already (``JAX_COMPILATION_CACHE_DIR``), or if the user's cannot be written.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns all keeping off.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    try:
+        folder = programs_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    if not os.access(folder, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_SIZE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
