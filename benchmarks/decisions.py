@@ -38,6 +38,7 @@ from f2pad_jax.evaluation.cases import REAL, Case
 from f2pad_jax.evaluation.runs import SIDE, generate_defects
 from f2pad_jax.images import read_image, to_unit
 from f2pad_jax.images._morphology import filled, opened, reached
+from f2pad_jax.images._smoothing import attracted
 from f2pad_jax.images.metrics import iou
 from f2pad_jax.images.pixels import denormalise, resized
 from f2pad_jax.inpainting._choice import choose
@@ -129,9 +130,16 @@ def remaining(detector, evidence: Evidence, masks):
 
 
 @eqx.filter_jit
-def cleaned(evidence: Evidence, mask):
+def cleaned(rule: Mixture, evidence: Evidence, mask):
     """Returns the cleaned mask."""
-    return Mixture().cleaned(evidence, mask)
+    return rule.cleaned(evidence, mask)
+
+
+@eqx.filter_jit
+def at_edges(evidence: Evidence, mask):
+    """Returns the mask with its border on the edges of x."""
+    rule = Mixture()
+    return evidence.problem.region & attracted(mask, evidence.problem.x, rule.reach, rule.floor, rule.inertia)
 
 
 def mixture(rule: Mixture, clean: Callable = cleaned, begin: int | None = None, extend: bool = True) -> Rule:
@@ -149,12 +157,12 @@ def mixture(rule: Mixture, clean: Callable = cleaned, begin: int | None = None, 
             grown = mask | rule.doubtful(evidence, around[best])
             _, (before, after) = remaining(detector, evidence, jnp.stack([mask, grown]))
             mask = mask | (grown & (after < rule.unexplained * before))
-        return clean(evidence, mask)
+        return clean(rule, evidence, mask)
 
     return draw
 
 
-def unchanged(evidence: Evidence, mask):
+def unchanged(_, evidence: Evidence, mask):
     """Returns the mask."""
     return mask
 
@@ -178,7 +186,7 @@ def in_place_of_neighbours(segment: Callable) -> Rule:
         masks = both > 0.5
         q = np.asarray(both[Mixture().selected(remaining(detector, evidence, masks)[0], masks)], float)
         image = np.clip(np.asarray(denormalise(jnp.asarray(evidence.problem.x)), float), 0, 1)
-        return cleaned(evidence, jnp.asarray(segment(np.ascontiguousarray(image), np.clip(q, 1e-6, 1 - 1e-6))))
+        return cleaned(Mixture(), evidence, jnp.asarray(segment(np.ascontiguousarray(image), np.clip(q, 1e-6, 1 - 1e-6))))
 
     return draw
 
@@ -246,10 +254,13 @@ def ablations() -> dict[str, Rule]:
         "start: two-means": mixture(Mixture(), begin=1),
         "without extension": mixture(Mixture(), extend=False),
         "not cleaned": mixture(Mixture(), unchanged),
-        "not opened": mixture(Mixture(), lambda e, m: above(e, filled(m))),
-        "opened 3x3": mixture(Mixture(), lambda e, m: above(e, filled(opened(m, 3)))),
-        "not filled": mixture(Mixture(), lambda e, m: above(e, opened(m, 2))),
-        "no component left out": mixture(Mixture(), lambda e, m: filled(opened(m, 2))),
+        "border not on edges": mixture(Mixture(), lambda _, e, m: above(e, filled(opened(m, 2)))),
+        "border never inert": mixture(Mixture(inertia=0.0)),
+        "on edges, twice": mixture(Mixture(), lambda rule, e, m: cleaned(rule, e, at_edges(e, m))),
+        "not opened": mixture(Mixture(), lambda _, e, m: above(e, filled(at_edges(e, m)))),
+        "opened 3x3": mixture(Mixture(), lambda _, e, m: above(e, filled(opened(at_edges(e, m), 3)))),
+        "not filled": mixture(Mixture(), lambda _, e, m: above(e, opened(at_edges(e, m), 2))),
+        "no component left out": mixture(Mixture(), lambda _, e, m: filled(opened(at_edges(e, m), 2))),
     }
 
 
@@ -386,7 +397,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--protocol", choices=(REAL, "hard", "cut-paste"), default=REAL)
     parser.add_argument("--images", type=int, default=20, help="number of defects of each category")
-    parser.add_argument("--rules", nargs="+", help="names of the rules; the default is always among them")
+    parser.add_argument("--rules", nargs="*", help="names of the rules; the default is always among them")
     parser.add_argument("--reliability", action="store_true", help="print the reliability of the probability")
     arguments = parser.parse_args()
     if arguments.reliability:

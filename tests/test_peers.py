@@ -3,7 +3,7 @@ import pytest
 import scipy.ndimage
 
 from f2pad_jax.data import load_texture
-from f2pad_jax.evaluation.peers import core, grabcut, guided_filter, guided_mask, mebin, walker_mask
+from f2pad_jax.evaluation.peers import core, grabcut, guided_mask, mebin, walker_mask
 from f2pad_jax.images.metrics import iou
 
 
@@ -14,30 +14,6 @@ def pasted():
     coarse = np.roll(scipy.ndimage.binary_dilation(test.mask, iterations=4), (3, -3), axis=(0, 1))
     region = scipy.ndimage.binary_dilation(coarse | test.mask, iterations=6)
     return np.asarray(test.image, np.float32) / (255 if test.image.dtype == np.uint8 else 1), test.mask, coarse, region
-
-
-def test_guided_filter_equals_a_least_squares_fit_in_every_window():
-    rng = np.random.default_rng(0)
-    image, values, radius, epsilon = rng.random((11, 12, 3)), rng.random((11, 12)), 1, 0.01
-    models = np.zeros((11, 12, 4))
-    for i in range(1, 10):
-        for j in range(1, 11):
-            window = np.s_[i - radius : i + radius + 1, j - radius : j + radius + 1]
-            guide, target = image[window].reshape(-1, 3), values[window].ravel()
-            centred = guide - guide.mean(0)
-            slope = np.linalg.solve(centred.T @ centred / 9 + epsilon * np.eye(3), centred.T @ (target - target.mean()) / 9)
-            models[i, j] = [*slope, target.mean() - slope @ guide.mean(0)]
-    found = guided_filter(image, values, radius=radius, epsilon=epsilon)
-    for i in range(2, 9):
-        for j in range(2, 10):
-            model = models[i - 1 : i + 2, j - 1 : j + 2].mean((0, 1))
-            assert found[i, j] == pytest.approx(model[:3] @ image[i, j] + model[3], abs=1e-9)
-
-
-def test_guided_filter_keeps_what_the_guide_explains():
-    image = np.random.default_rng(1).random((30, 30, 3))
-    values = image @ [0.2, -0.5, 1.0] + 0.3
-    np.testing.assert_allclose(guided_filter(image, values, epsilon=1e-9), values, atol=1e-5)
 
 
 def test_peers_move_the_outline_towards_a_flat_patch(pasted):

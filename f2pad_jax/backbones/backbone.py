@@ -191,7 +191,7 @@ def _load(name: str, through: str, weights: str | Path | None) -> tuple[nnx.Grap
             path = weights or weight_files.cached_file(name)
             raise DepthError(f"{path}: these weights of {name} end before layer '{through}'; tap earlier layers")
         used[key] = tensors[key]
-        filled.append((path, variable.replace(jnp.asarray(tensors[key]))))
+        filled.append((path, variable.replace(jax.device_put(tensors[key]))))  # asarray compiles for each shape
     module = nnx.merge(graphdef, nnx.from_flat_state(filled))
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Conv):

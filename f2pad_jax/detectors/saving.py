@@ -8,7 +8,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from f2pad_jax._storage import content_checksum, read_safetensors, write_safetensors
@@ -116,7 +115,7 @@ def _decode(value: Any, tensors: dict[str, np.ndarray], classes: dict[str, type]
                 raise ModelError(f"holds a {name}; pass its class to load_detector as classes=({name},)")
             return classes[name](**{key: _decode(item, tensors, classes, weights) for key, item in fields.items()})
         case {"tensor": name}:
-            return jnp.asarray(tensors[name])
+            return jax.device_put(tensors[name])
         case list():
             return tuple(_decode(item, tensors, classes, weights) for item in value)
     return value

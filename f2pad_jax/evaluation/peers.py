@@ -4,12 +4,14 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float
 from skimage.segmentation import random_walker
 
 from f2pad_jax.evaluation._store import ImageResult
+from f2pad_jax.images._smoothing import guided
 
 
 def peer_masks(images: Sequence[ImageResult]) -> dict[str, list[Bool[np.ndarray, "h w"]]]:
@@ -26,34 +28,10 @@ def peer_masks(images: Sequence[ImageResult]) -> dict[str, list[Bool[np.ndarray,
     return masks
 
 
-def guided_filter(
-    image: Float[np.ndarray, "h w 3"], values: Float[np.ndarray, "h w"], *, radius: int = 8, epsilon: float = 1e-3
-) -> Float[np.ndarray, "h w"]:
-    """Smooths ``values`` along the edges of ``image`` by a local linear model in its colours (He et al., TPAMI 2013).
-
-    Args:
-        image: guide, in 0..1.
-        values: map or mask to smooth.
-        radius: radius of the windows, pixels.
-        epsilon: ridge of the local model, squared units of the guide.
-    """
-
-    def mean(a: np.ndarray) -> np.ndarray:
-        return scipy.ndimage.uniform_filter(a, 2 * radius + 1, mode="nearest", axes=(0, 1))
-
-    image, values = image.astype(np.float64), values.astype(np.float64)
-    mean_image, mean_values = mean(image), mean(values)
-    outer = image[..., :, None] * image[..., None, :]
-    covariance = mean(outer) - mean_image[..., :, None] * mean_image[..., None, :]
-    correlation = mean(image * values[..., None]) - mean_image * mean_values[..., None]
-    slope = np.linalg.solve(covariance + epsilon * np.eye(3), correlation[..., None])[..., 0]
-    offset = mean_values - np.sum(slope * mean_image, axis=-1)
-    return np.sum(mean(slope) * image, axis=-1) + mean(offset)
-
-
 def guided_mask(image: Float[np.ndarray, "h w 3"], coarse_mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Returns the pixels where :func:`guided_filter` of m0 exceeds one half."""
-    return guided_filter(image, coarse_mask.astype(np.float64)) > 0.5
+    """Returns the pixels where the guided filter of m0 (He et al., TPAMI 2013) exceeds one half. The image is in 0..1."""
+    guide, values = (jnp.asarray(a, jnp.float32) for a in (image, coarse_mask))
+    return np.asarray(guided(values, guide, 8, 0.03)) > 0.5
 
 
 def grabcut(

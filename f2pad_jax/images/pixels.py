@@ -52,7 +52,7 @@ def to_unit(images: Shaped[Array | np.ndarray, "..."] | Sequence) -> Float[Array
     if images.dtype in (np.uint8, np.uint16):
         # a table, because XLA multiplies by the inverse, which is not always the nearest float
         levels = np.arange(np.iinfo(images.dtype).max + 1, dtype=np.float32) / np.float32(np.iinfo(images.dtype).max)
-        unit = jnp.asarray(levels)[jnp.asarray(images)]
+        unit = jnp.asarray(levels)[images] if isinstance(images, jax.Array) else jax.device_put(levels[images])
     elif images.dtype == bool or jnp.issubdtype(images.dtype, jnp.floating):
         unit = jnp.asarray(images, jnp.float32)
         if not isinstance(unit, Tracer) and not jnp.all((unit >= 0) & (unit <= 1)):  # jnp.min may pass over NaN

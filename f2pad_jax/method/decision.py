@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.detectors.base import coarse_map
 from f2pad_jax.images._morphology import filled, opened, reached
-from f2pad_jax.images._smoothing import smoothed
+from f2pad_jax.images._smoothing import attracted, smoothed
 from f2pad_jax.images.pixels import Scalar
 from f2pad_jax.objective.problem import Problem
 from f2pad_jax.solvers.base import AbstractSolver
@@ -65,7 +65,8 @@ class Mixture(AbstractDecision):
     2. :meth:`selected`: the start whose mask explains the detector's scores with fewer pixels.
     3. :meth:`doubtful`: pixels of a high coarse map that the detector still finds abnormal once n replaces x in the mask.
        They join the mask where the scores fall if n replaces x there as well.
-    4. :meth:`cleaned`: the mask without specks, holes and components that the coarse map does not reach.
+    4. :meth:`cleaned`: the mask with its border on the edges of x, without specks, holes and components that the coarse map
+       does not reach.
 
     The page "The mask" of the documentation has the equations, their sources and the meaning of each constant.
     """
@@ -79,7 +80,8 @@ class Mixture(AbstractDecision):
     tolerance: int = eqx.field(static=True, default=2)
     """Largest displacement of structure that is no anomaly, pixels, static."""
     floor: Scalar = 0.1
-    """Residual below which differences hardly count, normalised intensity. It is added before the logarithm."""
+    """Difference that hardly counts, normalised intensity: it is added to residuals before the logarithm, and edges of x
+    that are fainter do not attract the border of the mask."""
     spread: Scalar = 0.25
     """Least standard deviation of a log-residual within a class."""
     num_steps: int = eqx.field(static=True, default=15)
@@ -89,6 +91,10 @@ class Mixture(AbstractDecision):
     unexplained: Scalar = 0.7
     """Share of the scores above 1 around a pixel. A pixel is doubtful if more remains there, and joins the mask if less
     than this share of the remaining scores is left after that."""
+    reach: int = eqx.field(static=True, default=6)
+    """Distance to edges of x that attract the border of the mask, pixels, static."""
+    inertia: Scalar = 0.02
+    """Share of the mask's variance that edges of x must explain, around a pixel, to attract the border."""
     temperature: Scalar = 4.0
     """Divisor of the posterior's log-odds in the probability: the evidence of neighbours is not independent. The mask does
     not depend on it."""
@@ -158,10 +164,12 @@ class Mixture(AbstractDecision):
         return evidence.problem.region & high & (remaining > self.unexplained)
 
     def cleaned(self, evidence: Evidence, mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
-        """Returns the mask opened 2x2 and filled, without components whose coarse map is below the threshold.
+        """Returns the mask with its border on edges of x, opened 2x2 and filled, without components of a low coarse map.
 
-        Where the map is broad, n also changes normal structure.
+        Low is below the detector's threshold. Where the map is broad, n also changes normal structure.
         """
+        x, region = evidence.problem.x, evidence.problem.region
+        mask = region & attracted(mask, x, self.reach, self.floor, self.inertia)
         return reached(evidence.excess > evidence.threshold, filled(opened(mask, 2)))
 
 

@@ -21,9 +21,10 @@ from f2pad_jax.errors import ImageError
 from f2pad_jax.images._views import size_of
 from f2pad_jax.images.pixels import to_unit
 from f2pad_jax.method import _tiling as tiling
-from f2pad_jax.method.algorithm import Refined, Run, Solved, untouched
+from f2pad_jax.method.algorithm import Refined, Run, Solved
 from f2pad_jax.method.coarse import Coarse
 from f2pad_jax.method.window import Window
+from f2pad_jax.solvers.loop import Outcome
 from f2pad_jax.streaming import _programs as programs
 from f2pad_jax.streaming._programs import Setup
 from f2pad_jax.streaming._stream import Worker
@@ -191,9 +192,10 @@ class Device(Worker):
             if unit.ndim != 3:
                 raise ImageError(f"an image of the stream has shape {unit.shape}; give images one at a time")
             coarse = s.call(programs.look, s.detector, unit, s.settings, ignored, given)
-            job = Job(number, unit, coarse, untouched(unit, coarse))
+            blank = s.call(programs.untouched, unit, coarse)
+            job = Job(number, unit, coarse, blank)
             region, full = np.asarray(coarse.region), size_of(unit)
-            if not region.any() or coarse.covered:
+            if not region.any() or np.asarray(blank.outcome) == Outcome.COVERS_IMAGE:
                 return self._results([job])
             sizes = tiling.WINDOWS if s.windows and s.detector.local else ()
             for part, size in tiling.divided(region, s.settings.margin, s.detector.stride, sizes):

@@ -72,6 +72,7 @@ class Calls:
 look = coarse.look
 around = eqx.filter_jit(Window.around)
 compose = eqx.filter_jit(algorithm.compose)
+untouched = eqx.filter_jit(algorithm.untouched)
 
 
 def each(function: Callable, alone: bool) -> Callable:
