@@ -26,15 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
-from fitted import categories_command_line
+from fitted import categories_command_line, kept_detector
 from skimage.segmentation import random_walker
 
 from f2pad_jax import Settings
 from f2pad_jax.data import open_categories
 from f2pad_jax.data.mvtec import half_of, spread
 from f2pad_jax.evaluation import peers
-from f2pad_jax.evaluation._models import load_or_fit
-from f2pad_jax.evaluation.cases import REAL, Case
+from f2pad_jax.evaluation.cases import REAL
 from f2pad_jax.evaluation.runs import SIDE, generate_defects
 from f2pad_jax.images import read_image, to_unit
 from f2pad_jax.images._morphology import filled, opened, reached
@@ -344,11 +343,7 @@ def cases(arguments) -> Iterator[tuple[Any, list[Solution], str]]:
         generate_defects(root, data, *options, lambda *_: None)
         root = data
     for category in open_categories(root, names=arguments.categories):
-        case = Case(category.name, arguments.method, arguments.backbone, arguments.protocol, "normal")
-        request = {"size": None, "smallest_defect": None, "ignore": None, "border": 0, "seed": 0, "tune": False}
-        models = out / "models"
-        models.mkdir(parents=True, exist_ok=True)
-        detector, _ = load_or_fit(case, category, models, request, weights=arguments.weights, progress=lambda *_: None)
+        case, detector = kept_detector(category, arguments, out / "models", protocol=arguments.protocol)
         samples = category.test if arguments.protocol != REAL else half_of(category.test, arguments.half)
         solutions = []
         for sample in spread([sample for sample in samples if sample.mask], arguments.images):

@@ -8,7 +8,9 @@ import f2pad_jax
 from f2pad_jax.backbones import load_backbone
 from f2pad_jax.data import Category, Sample, open_category
 from f2pad_jax.data.mvtec import HALVES, spread
-from f2pad_jax.detectors import DETECTORS, PatchCore
+from f2pad_jax.detectors import DETECTORS, AbstractDetector, PatchCore
+from f2pad_jax.evaluation._models import load_or_fit
+from f2pad_jax.evaluation.cases import REAL, Case
 from f2pad_jax.images import read_image
 
 
@@ -37,6 +39,17 @@ def categories_command_line(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--half", choices=HALVES, default=HALVES[0])
     return parser
+
+
+def kept_detector(
+    category: Category, arguments: argparse.Namespace, models: Path, *, protocol: str = REAL, seed: int = 0
+) -> tuple[Case, AbstractDetector]:
+    """Returns the detector of a category and its case; it is fitted as in an evaluation, once, and kept in ``models``."""
+    case = Case(category.name, arguments.method, arguments.backbone, protocol, "normal")
+    request = {"size": None, "smallest_defect": None, "ignore": None, "border": 0, "seed": seed, "tune": False}
+    models.mkdir(parents=True, exist_ok=True)
+    detector, _ = load_or_fit(case, category, models, request, weights=arguments.weights, progress=lambda *_: None)
+    return case, detector
 
 
 def fitted(folder: Path, arguments: argparse.Namespace, side: int = 224) -> tuple[Category, PatchCore]:

@@ -92,7 +92,7 @@ class Mixture(AbstractDecision):
     """Share of the scores above 1 around a pixel. A pixel is doubtful if more remains there, and joins the mask if less
     than this share of the remaining scores is left after that."""
     reach: int = eqx.field(static=True, default=6)
-    """Distance to edges of x that attract the border of the mask, pixels, static."""
+    """Reach of the squares in which edges of x attract the border of the mask, to each side, pixels, static."""
     inertia: Scalar = 0.02
     """Share of the mask's variance that edges of x must explain, around a pixel, to attract the border."""
     temperature: Scalar = 4.0
