@@ -7,6 +7,8 @@ import jax
 
 PROGRAMS_SIZE = 2**30
 """Size of the folder of compiled programs above which the least recently used are deleted, bytes."""
+LEAST_SECONDS = 0.1
+"""Compile time of the smallest programs that are kept, seconds; JAX looks at all files of the folder for each new one."""
 
 
 def user_cache() -> Path:
@@ -20,7 +22,7 @@ def programs_folder() -> Path:
 
 
 def keep_programs() -> None:
-    """Makes JAX keep the process's compiled programs in the user's cache, small ones too, for later processes.
+    """Makes JAX keep the process's compiled programs in the user's cache for later processes.
 
     Nothing changes if JAX has a folder already (``JAX_COMPILATION_CACHE_DIR``), or if the user's cannot be written.
     ``JAX_ENABLE_COMPILATION_CACHE=false`` turns all keeping off.
@@ -36,4 +38,4 @@ def keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", PROGRAMS_SIZE)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

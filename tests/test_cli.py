@@ -397,13 +397,14 @@ def test_programs_are_kept_in_the_users_cache(tmp_path, monkeypatch, capsys):
     code = """
 import jax
 from f2pad_jax.backbones import load_backbone
-load_backbone("efficientnet-lite0", layers=("stage2",))
-jax.block_until_ready(jax.jit(lambda x: 3 * x + 1)(2.0))
+backbone = load_backbone("efficientnet-lite0", layers=("stage2",))
+jax.block_until_ready(jax.jit(lambda x: backbone(x))(jax.numpy.ones((32, 32, 3))))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert main(["cache"]) == 0
     count, *_, folder = capsys.readouterr().out.split()
-    assert int(count) >= 1 and Path(folder) == tmp_path / "f2pad_jax" / "programs"
+    assert Path(folder) == tmp_path / "f2pad_jax" / "programs"
+    assert int(count) == len(list(Path(folder).glob("*-cache"))) >= 1
     assert main(["cache", "clear"]) == 0 and list(Path(folder).iterdir()) == []
     assert main(["cache"]) == 0 and capsys.readouterr().out.splitlines()[-1].startswith("0 programs")
 

@@ -17,8 +17,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = programs_folder()
     files = [file for file in folder.glob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    count = sum(file.suffix != ".lockfile" and not file.name.endswith("-atime") for file in files)
-    print(f"{count} programs, {decimal(size)}, in {folder}")
+    print(f"{sum(file.name.endswith('-cache') for file in files)} programs, {decimal(size)}, in {folder}")
     if arguments.action == "clear":
         for file in files:
             file.unlink(missing_ok=True)
