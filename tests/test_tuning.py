@@ -45,9 +45,9 @@ def test_the_table_says_what_was_chosen():
 
 
 def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_path, monkeypatch, capsys):
-    """From far too little sparsity; a value that gains nothing on the first four defects isn't tried on the others."""
-    monkeypatch.setattr(tuning, "SPARSITY", (0.015, 0.0015, 1.5))
-    short = Settings(restore_steps=0, sparsity=0.015, false_alarms=1.0, decision=Residual())  # the mask needs sparsity
+    """From too little sparsity; a value that gains nothing on the first four defects isn't tried on the others."""
+    monkeypatch.setattr(tuning, "SPARSITY", (0.15, 0.0015, 1.5))
+    short = Settings(restore_steps=0, sparsity=0.15, false_alarms=1.0, decision=Residual())  # the mask needs sparsity
     monkeypatch.setattr(tuning, "SHORT", short)
     monkeypatch.setattr(tuning, "ALPHA1", (0.01,))
     monkeypatch.setattr(tuning, "COMPONENTS", (2,))
@@ -60,14 +60,14 @@ def test_the_command_takes_what_gains_more_than_chance_and_says_so(grass, tmp_pa
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
     first, less, more = (line.split() for line in printed if line.split()[2:3] == ["2"])
-    assert [first[0], less[0], more[0]] == ["0.015", "0.0015", "1.5"]
+    assert [first[0], less[0], more[0]] == ["0.15", "0.0015", "1.5"]
     assert [first[3], less[3], more[3]] == ["8", "4", "8"]
     assert float(less[5]) < GAIN <= float(more[5]) and float(more[5]) > float(more[7])
     assert float(more[5]) == pytest.approx(float(more[4]) - float(first[4]), abs=0.0015)  # three digits of each
     assert [row[-1] == "chosen" for row in (first, less, more)] == [False, False, True]
     calibrated = load_detector(model).calibrated
     factors = calibrated.factors
-    assert [float(factors.alpha1), float(factors.sparsity)] == pytest.approx([1.0, 100.0])
+    assert [float(factors.alpha1), float(factors.sparsity)] == pytest.approx([1.0, 10.0])
     assert 1 <= calibrated.prior.num_components <= 2
 
 
