@@ -83,12 +83,15 @@ def _fitted(
     mean = partial(filtered, taps=np.full(2 * radius + 1, 1 / (2 * radius + 1)))
     x = jnp.moveaxis(guide, -1, 0)
     x = x - jnp.mean(x, axis=(1, 2), keepdims=True)  # for the rounding of the covariances
-    x0, x1, x2 = x
-    *centre, level = mean(jnp.concatenate([x, values[None]]))
-    m0, m1, m2 = centre
-    products = jnp.stack([x0 * x0, x0 * x1, x0 * x2, x1 * x1, x1 * x2, x2 * x2, *(x * values), values**2])
-    squares = jnp.stack([m0 * m0, m0 * m1, m0 * m2, m1 * m1, m1 * m2, m2 * m2, *(m * level for m in centre), level**2])
-    c00, c01, c02, c11, c12, c22, b0, b1, b2, variance = mean(products) - squares
+
+    def products(x0, x1, x2, v) -> Float[Array, "10 h w"]:
+        """Returns the products whose means, less the products of the means, are the covariances."""
+        return jnp.stack([x0 * x0, x0 * x1, x0 * x2, x1 * x1, x1 * x2, x2 * x2, x0 * v, x1 * v, x2 * v, v * v])
+
+    maps = jnp.concatenate([x, values[None]])
+    means = mean(jnp.concatenate([maps, products(*maps)]))
+    (x0, x1, x2), (m0, m1, m2, level) = x, means[:4]
+    c00, c01, c02, c11, c12, c22, b0, b1, b2, variance = means[4:] - products(*means[:4])
     # (C + floor²·I)·slope = b by elimination, which rounding harms least where all channels are alike
     d0 = c00 + floor**2
     k01, k02 = c01 / d0, c02 / d0
@@ -102,7 +105,7 @@ def _fitted(
     weight = jnp.ones_like(values)
     if weighted:
         explained = s0 * b0 + s1 * b1 + s2 * b2
-        weight = jnp.where(variance > 1e-4, jnp.clip(explained / jnp.maximum(variance, 1e-4), 0.0, 1.0), 0.0)
+        weight = jnp.clip(explained / jnp.maximum(variance, 1e-4), 0.0, 1.0)  # 0 where the values are constant
     offset = level - s0 * m0 - s1 * m1 - s2 * m2
     t0, t1, t2, offset, weight = mean(weight * jnp.stack([s0, s1, s2, offset, jnp.ones_like(values)]))
     return t0 * x0 + t1 * x1 + t2 * x2 + offset, weight
