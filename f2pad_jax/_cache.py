@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+_PROGRAM, _TIME = "-cache", "-atime"
+"""Ends of the names of both files of a program: the program, and the time of its last use."""
 PROGRAMS_SIZE = 2**30
 """Size of the folder of compiled programs above which the least recently used are deleted, bytes."""
 LEAST_SECONDS = 0.1
@@ -36,6 +38,9 @@ def keep_programs() -> None:
         return
     if not os.access(folder, os.W_OK):
         return
+    for program in folder.glob(f"*{_PROGRAM}"):  # a process was killed between both files; JAX would keep no program more
+        if not Path(str(program).removesuffix(_PROGRAM) + _TIME).exists():
+            program.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", PROGRAMS_SIZE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

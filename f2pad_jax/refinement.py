@@ -1,8 +1,9 @@
 """``refine`` and ``refine_many``: from coarse maps to pixel-accurate masks by Algorithm 1 of the paper."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from f2pad_jax._backend import on_cpu
+from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.errors import ImageError, OptionError
-from f2pad_jax.images.files import read_image
+from f2pad_jax.errors import F2padError, ImageError, OptionError
+from f2pad_jax.images.files import read_image, read_map
 from f2pad_jax.images.pixels import to_unit
 from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.inpainting.base import Inpainter
@@ -51,7 +53,8 @@ def refine(
 ) -> Refined:
     """Segments anomalies to the pixel and restores the images without them.
 
-    The function is pure: called eagerly, it runs the program that ``jax.jit`` would compile from it. The result of an image
+    The function is pure: called eagerly, it runs the program that ``jax.jit`` would compile from it. It can be compiled and
+    vectorised, but has no derivative. The result of an image
     never depends on the other images of its batch. The network sees the resized image, but the normal image n and the mask
     have the original resolution. :func:`refine_many` solves many images on all cores and devices.
 
@@ -79,11 +82,12 @@ def refine(
     Raises:
         ImageError: the images have a wrong shape, dtype or range, or a coarse map is not finite.
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
-        OptionError: ``lanes`` is less than 1; ``windows`` are asked for inside a transform; there are both a coarse map and
-            a coarse mask, or neither for a detector that was fitted without maps of its own.
+        OptionError: an argument is of another type, or ``lanes`` is less than 1. Or a derivative is asked for, or
+            ``windows`` inside a transform. Or there are both a coarse map and a coarse mask, or neither for a detector
+            that was fitted without maps of its own.
     """
-    _check(lanes)
-    constants, unit = (settings or Settings()).traced(), to_unit(images)
+    _check(detector, settings, lanes)
+    constants, unit = _undifferentiable(((settings or Settings()).traced(), to_unit(images)))
     if not windows:
         inpainter = choose(inpaint, detector.calibrated.normals)
         masks = None if ignore is None else jnp.broadcast_to(jnp.asarray(ignore, bool), unit.shape[:-1])
@@ -133,12 +137,13 @@ def refine_many(
     *,
     settings: Settings | None = None,
     inpaint: Inpainter | str = "exemplar",
-    ignore: Bool[Array | np.ndarray, "h w"] | Iterable[Bool[Array | np.ndarray, "h w"] | None] | None = None,
-    coarse_map: Iterable[Num[Array | np.ndarray, "..."]] | None = None,
-    coarse_mask: Iterable[Bool[Array | np.ndarray, "..."]] | None = None,
+    ignore: Bool[Array | np.ndarray, "h w"] | Iterable[Bool[Array | np.ndarray, "h w"] | str | Path | None] | None = None,
+    coarse_map: Iterable[Num[Array | np.ndarray, "..."] | str | Path] | None = None,
+    coarse_mask: Iterable[Bool[Array | np.ndarray, "..."] | str | Path] | None = None,
     windows: bool | None = None,
     lanes: int | None = None,
     devices: Sequence[Any] | None = None,
+    on_error: Callable[[int, F2padError], None] | None = None,
 ) -> Iterator[Refined]:
     """Refines any number of images, on all devices, in bounded memory.
 
@@ -150,13 +155,15 @@ def refine_many(
         source: images as ``refine`` takes them, one at a time and of any sizes, or paths of image files.
         settings: constants of the method.
         inpaint: inpainter of the first guess, as for ``refine``.
-        ignore: pixels that do not count: one mask for all images, or a mask for each image in turn.
-        coarse_map: coarse map of each image in turn, as for ``refine``.
-        coarse_mask: coarse mask of each image in turn, as for ``refine``.
+        ignore: pixels that do not count: one mask for all images, or for each image in turn a mask or its file.
+        coarse_map: coarse map of each image in turn, as for ``refine``, or its file.
+        coarse_mask: coarse mask of each image in turn, as for ``refine``, or its file.
         windows: as for ``refine``; default: True on a CPU, False elsewhere.
         lanes: number of parts solved side by side on each device; on each core, if a CPU is the only device. Default: 1 on
             a CPU, elsewhere as many as the memory holds, at most 64.
         devices: devices to run on; default: all devices of this process (``jax.local_devices()``).
+        on_error: function that receives the number of an image that can't be used, and its error. The image then has no
+            result, and the others go on. Default: the error is raised.
 
     Yields:
         A :class:`Refined` of NumPy arrays for each image.
@@ -166,7 +173,9 @@ def refine_many(
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
         OptionError: ``lanes`` is less than 1; or there are not as many masks or maps as images; or as for ``refine``.
     """
-    _check(lanes)
+    _check(detector, settings, lanes)
+    if isinstance(source, (str, Path)) or (isinstance(source, (np.ndarray, jax.Array)) and not _is_batch(source)):
+        raise ImageError("refine_many takes several images: a list of arrays or paths, or an array (n, h, w, 3)")
     inpainter = choose(inpaint, detector.calibrated.normals)
     if devices is None:  # () is the default device, as in ``refine``: both then share their programs
         devices = jax.local_devices() if jax.local_device_count() > 1 else ()
@@ -189,20 +198,31 @@ def refine_many(
     one_mask = ignore is None or (isinstance(ignore, (np.ndarray, jax.Array)) and ignore.ndim == 2)
 
     def read(item: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Given | None]:
-        image, mask, *given = item
-        image = read_image(image) if isinstance(image, (str, Path)) else image
+        image, *others = item
+        if isinstance(image, (str, Path)):
+            image = read_image(image, white=detector.calibrated.white)
+        readers = read_mask, read_map, read_mask
+        mask, *given = (reader(v) if isinstance(v, (str, Path)) else v for reader, v in zip(readers, others, strict=True))
         if any(values is not None and np.ndim(values) != 2 for values in given):
             raise ImageError("a coarse map or mask of the stream has no shape (h, w); give the map of one image at a time")
         return image, mask, Given.of(*given)
 
     extras = (itertools.repeat(ignore) if one_mask else ignore), coarse_map, coarse_mask
-    yield from stream(
+    results = stream(
         _together(source, *(itertools.repeat(None) if extra is None else extra for extra in extras)),
         workers,
         read=read,
         most_ahead=AHEAD * lanes_each * len(workers),
         one_at_a_time=lanes_each == 1,  # a busy core with one lane leaves the next image to another core
     )
+    with contextlib.closing(results):
+        for number, result in enumerate(results):
+            if not isinstance(result, F2padError):
+                yield result
+            elif on_error is None:
+                raise result
+            else:
+                on_error(number, result)
 
 
 def _together(source: Iterable[Any], *extras: Any) -> Iterator[tuple[Any, ...]]:
@@ -216,6 +236,35 @@ def _together(source: Iterable[Any], *extras: Any) -> Iterator[tuple[Any, ...]]:
         yield item, *values
 
 
-def _check(lanes: int | None) -> None:
+def _is_batch(images: np.ndarray | jax.Array) -> bool:
+    """Returns whether an array holds several images, not one."""
+    return images.ndim == 4 or (images.ndim == 3 and images.shape[-1] not in (1, 3))
+
+
+def _check(detector: Any, settings: Any, lanes: int | None) -> None:
+    """Refuses arguments of wrong types, before other code fails on them.
+
+    Raises:
+        OptionError: an argument is of another type, or ``lanes`` is less than 1.
+    """
+    if not isinstance(detector, AbstractDetector):
+        raise OptionError(f"the first argument is a {type(detector).__name__}; it must be a fitted detector")
+    if not isinstance(settings, Settings | None):
+        raise OptionError(f"settings is a {type(settings).__name__}; it must be a Settings, such as Settings(sparsity=2.0)")
     if lanes is not None and lanes < 1:
         raise OptionError(f"lanes={lanes}: at least 1 is needed")
+
+
+@jax.custom_jvp
+def _undifferentiable(tree: Any) -> Any:
+    """Returns its argument; its derivative is an error at once, not after minutes of compiling."""
+    return tree
+
+
+@_undifferentiable.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise OptionError(
+        "refine has no derivative: its mask is a decision, and its loop ends by a rule; differentiate the detector's "
+        "anomaly_map, or the objective of f2pad_jax.method.pose"
+    )

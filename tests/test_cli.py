@@ -19,6 +19,7 @@ from f2pad_jax import Settings, __version__, load_detector
 from f2pad_jax._cache import keep_programs
 from f2pad_jax.commands import COMMANDS, _console, main
 from f2pad_jax.commands import _refine_files as refine_files
+from f2pad_jax.commands._archive import Archive
 from f2pad_jax.commands.refine import distinct, result_names
 from f2pad_jax.detectors import CFlow, PaDiM
 
@@ -139,7 +140,9 @@ def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, m
 
     monkeypatch.setattr(refine_files, "written", stopped)
     assert main(command) == 130
-    assert not (out / "results.json").exists()
+    found = json.loads((out / "results.json").read_text())  # readable though the run was stopped
+    assert [record["image"].rsplit("/")[-1] for record in found["images"]] == ["a.png", "b.png"]
+    assert "2 of 3 images are done and kept" in capsys.readouterr().err
     mask = (out / "a_mask.png").read_bytes()
     PIL.Image.fromarray(texture.train[2]).save(folder / "b.png")  # the file changed, so its result is no longer valid
 
@@ -150,7 +153,6 @@ def test_refine_goes_on_where_it_was_stopped(model, texture, tmp_path, capsys, m
     records = json.loads((out / "results.json").read_text())["images"]
     assert [record["image"].rsplit("/")[-1] for record in records] == ["a.png", "b.png", "c.png"]
     assert records[0]["anomalous_pixels"] > 0 and (out / "a_mask.png").read_bytes() == mask
-    assert not (out / "results.partial").exists()
 
 
 def test_images_in_a_bucket_are_refined_like_files(model, defective, tmp_path):
@@ -167,13 +169,49 @@ def test_images_in_a_bucket_are_refined_like_files(model, defective, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_results_of_another_model_are_not_kept(model, tmp_path, texture):
+def test_the_output_folder_is_an_archive(model, texture, tmp_path, capsys, monkeypatch):
+    """A later run adds to the results, and skips an image that is done, however its path is spelled."""
+    names = ["a", "b"]
+    for name, image in zip(names, texture.train, strict=False):
+        PIL.Image.fromarray(image).save(tmp_path / f"{name}.png")
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "results.partial").write_text('{"model": "another"}\n{"image": "x.png"}\n')
-    PIL.Image.fromarray(texture.train[0]).save(tmp_path / "x.png")
-    assert main(["refine", str(model), str(tmp_path / "x.png"), "--out", str(out)]) == 0
-    assert json.loads((out / "results.json").read_text())["refined_now"] == 1
+    refine = ["refine", str(model), "--out", str(out)]
+    assert main([*refine, str(tmp_path / "a.png")]) == 0
+    assert main([*refine, str(tmp_path / "b.png")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main([*refine, f"../{tmp_path.name}/a.pn?", "b.png"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [record["name"] for record in results["images"]] == names and results["refined_now"] == 0
+    assert "2 images (2 of them before)" in capsys.readouterr().out
+    options = "--false-alarms", "0.2"
+    assert "another settings" in refused(capsys, *refine, "a.png", *options)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "b.png", tmp_path / "other" / "a.png")
+    assert "'a' is the result of" in refused(capsys, *refine, "other/a.png")
+
+
+def test_no_file_of_another_program_is_replaced(model, texture, tmp_path, capsys):
+    """The output folder may be the folder of the images; results are no images then."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    PIL.Image.fromarray(texture.train[0]).save(folder / "000.png")
+    PIL.Image.fromarray(texture.train[1]).save(folder / "000_mask.png")
+    before = (folder / "000_mask.png").read_bytes()
+    refine = ["refine", str(model), str(folder), "--out", str(folder)]
+    assert "000_mask.png: not written by 'f2pad refine'" in refused(capsys, *refine)
+    assert (folder / "000_mask.png").read_bytes() == before
+    (folder / "000_mask.png").unlink()
+    for count in (1, 0):
+        assert main(refine) == 0
+        assert json.loads((folder / "results.json").read_text())["refined_now"] == count
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    assert "results.json: not written by" in refused(capsys, *refine[:3], "--out", tmp_path / "other")
+
+
+def test_two_runs_do_not_write_into_one_folder(model, defective, tmp_path, capsys):
+    with Archive(tmp_path, {}):
+        assert "another run is writing" in refused(capsys, "refine", model, defective, "--out", tmp_path)
 
 
 def test_refine_shows_the_history(model, defective, tmp_path):
@@ -204,7 +242,7 @@ def test_bad_folders_to_fit(tmp_path, normal_folder, capsys, monkeypatch):
     broken = tmp_path / "broken"
     shutil.copytree(normal_folder, broken)
     (broken / "9.png").write_text("this is text")
-    assert "9.png" in refused(capsys, "fit", broken, "--out", model)
+    assert "9.png" in refused(capsys, "fit", broken, "--out", model, "--strict")
     assert "folder" in refused(capsys, "fit", normal_folder, "--out", tmp_path)
     assert "multiple" in refused(capsys, "fit", normal_folder, "--out", model, "--size", "100x100")
     assert not model.exists()
@@ -220,7 +258,9 @@ def test_progress_is_lines_where_there_is_no_terminal(flat_folder, tmp_path, cap
     assert fit() == []
     monkeypatch.setattr(_console, "LINE_INTERVAL_S", 0.0)
     lines = fit()
-    assert len(lines) > 3 and all(re.fullmatch(r"\d\d:\d\d:\d\d \D.* \d+/\d+", line) for line in lines)
+    assert len(lines) > 3 and all(
+        re.fullmatch(r"\d\d:\d\d:\d\d \D.* \d+/\d+(, \d:\d\d:\d\d left)?", line) for line in lines
+    )
 
 
 def test_fit_takes_a_method_and_its_options(flat_folder, tmp_path, capsys):
@@ -303,9 +343,18 @@ def test_bad_images_to_refine(kind, model, defective, tmp_path, capsys):
         PIL.Image.new("RGB", (1, 1)).save(bad)
     elif kind == "empty":
         bad.touch()
-    out = tmp_path / "out"
-    assert "bad.png" in refused(capsys, "refine", model, defective, bad, "--out", out)
-    assert not out.exists(), "nothing is written when one image is bad"
+    if kind == "missing":
+        assert "bad.png" in refused(capsys, "refine", model, defective, bad, "--out", tmp_path / "out")
+        return
+    strict = refused(capsys, "refine", model, defective, bad, "--out", tmp_path / "strict", "--strict")
+    assert "bad.png" in strict and not (tmp_path / "strict" / "defective_mask.png").exists()
+    assert "bad.png" in refused(capsys, "refine", model, bad, "--out", tmp_path / "alone")
+    assert main(["refine", str(model), str(bad), str(defective), "--out", str(tmp_path / "out")]) == 3
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [record["name"] for record in results["images"]] == ["defective"]
+    assert [record["name"] for record in results["unusable"]] == ["bad"]
+    text = capsys.readouterr()
+    assert "1 can't be used" in text.out and "bad.png: " in text.err
 
 
 def test_bad_models(model, defective, tmp_path, capsys):

@@ -529,11 +529,13 @@ def test_checking_reports_the_first_bad_image_and_counts_the_rest(tmp_path, rgb)
     bad = [tmp_path / f"{i}.png" for i in range(3)]
     for path in bad:
         path.write_bytes(b"x")
-    check_images([good])
+    assert check_images([good]) == ([good], [], None)
+    usable, errors, _ = check_images([good, *bad])
+    assert usable == [good] and [str(path) in str(error) for path, error in zip(bad, errors, strict=True)] == [True] * 3
     with pytest.raises(ImageError, match=r"0\.png.*2 more bad images"):
-        check_images([good, *bad])
+        check_images([good, *bad], strict=True)
     with pytest.raises(ImageError) as caught:
-        check_images([good, bad[1]])
+        check_images([good, bad[1]], strict=True)
     assert "more" not in str(caught.value)
 
 

@@ -1,6 +1,9 @@
 import dataclasses
 import functools
+import inspect
+import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import PatchCore
 from f2pad_jax.detectors.base import Factors
 from f2pad_jax.detectors.calibration import with_calibration
-from f2pad_jax.errors import ImageError, OptionError
+from f2pad_jax.errors import F2padError, ImageError, OptionError
 from f2pad_jax.images import MEAN, STD, to_unit
 from f2pad_jax.images._views import scaled_mask
 from f2pad_jax.images.metrics import iou
@@ -23,7 +26,7 @@ from f2pad_jax.inpainting._choice import choose
 from f2pad_jax.method import Evidence, Mixture, Window, look, pose
 from f2pad_jax.method import _tiling as tiling
 from f2pad_jax.method._tiling import WINDOWS, crop_size, divided
-from f2pad_jax.method.algorithm import Solved, compose
+from f2pad_jax.method.algorithm import Solved, compose, untouched
 from f2pad_jax.solvers import Descent, Stopping
 
 
@@ -141,6 +144,62 @@ def test_inside_jit_a_good_image_takes_no_step(jitted, detector, images):
     inside = jitted(detector, images[-1], Settings())
     assert inside.outcome == Outcome.NOTHING_TO_REFINE and inside.steps == 0 and inside.objective == 0
     assert not inside.mask.any()
+
+
+def test_inside_jit_an_image_outside_0_to_1_has_no_mask(detector, images):
+    unit = jax.jit(to_unit)(images[0].astype(np.float32))
+    assert np.isnan(unit).all()
+    coarse, settings = look(detector, unit, Settings()), Settings()
+    out = eqx.filter_jit(compose)(detector, settings, unit, coarse, untouched(unit, coarse))
+    assert np.isnan(out.score) and not out.mask.any() and out.outcome == Outcome.NON_FINITE
+
+
+def test_a_derivative_is_refused_at_once(detector, images):
+    def area(image):
+        return refine(detector, image).anomaly.sum()
+
+    image = images[0].astype(np.float32) / 255
+    for function in (area, jax.jit(area)):
+        with pytest.raises(OptionError, match="no derivative"):
+            jax.grad(function)(image)
+
+
+def test_a_detector_can_be_pickled(detector, images):
+    again = pickle.loads(pickle.dumps(detector))
+    jax.tree.map(np.testing.assert_array_equal, again, detector)
+    image = normalise(to_unit(images[0]))
+    np.testing.assert_array_equal(again.anomaly_map(image), detector.anomaly_map(image))
+
+
+def test_arguments_of_wrong_types_are_refused(detector, images, shallow_backbone):
+    """The checks of types that only tests make are taken off."""
+    one, many = inspect.unwrap(refine), inspect.unwrap(refine_many)
+    for call, message in (
+        (lambda: one(images, detector), "first argument is a ndarray"),
+        (lambda: one(detector, "part.png"), "part.png: this is a path"),
+        (lambda: one(detector, images[0], settings={}), "settings is a dict"),
+        (lambda: one(detector, images[0, :8, :8]), "smallest side allowed is 16"),
+        (lambda: one(detector, images[..., 0]), "grey batch as"),
+        (lambda: next(many(detector, images[0])), "takes several images"),
+        (lambda: next(many(detector, "part.png")), "takes several images"),
+        (lambda: inspect.unwrap(fit)("patchcore", images, shallow_backbone), "class of detectors"),
+    ):
+        with pytest.raises(F2padError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("constant", "value"), [("sparsity", -2.0), ("false_alarms", 1.5), ("max_steps", -1), ("alpha1", float("nan"))]
+)
+def test_constants_out_of_range_are_refused(constant, value):
+    with pytest.raises(OptionError, match=constant):
+        Settings(**{constant: value})
+
+
+def test_images_have_32_bits_where_jax_computes_with_64(detector, images):
+    with jax.enable_x64(True):
+        out = eqx.filter_eval_shape(refine, detector, images[0])
+    assert out.normal.dtype == out.probability.dtype == jnp.float32
 
 
 def test_a_blown_up_step_is_reported_and_the_last_finite_state_kept(jitted, detector, images):

@@ -74,11 +74,21 @@ class SqueezeExcite(nnx.Module):
         return x * jax.nn.sigmoid(self.expand(jax.nn.swish(self.reduce(mean))))
 
 
+def relu6(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+    """Returns min(max(x, 0), 6). Unlike JAX's own function, a network that refers to it can be pickled."""
+    return jax.nn.relu6(x)
+
+
+def swish(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+    """Returns x · sigmoid(x). Unlike JAX's own function, a network that refers to it can be pickled."""
+    return jax.nn.swish(x)
+
+
 class MBConv(nnx.Module):
     """Inverted residual: expand (1x1), depthwise, squeeze-excite, project (1x1), and a shortcut where shapes agree."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int, expansion: int, lite: bool):
-        self.activation = jax.nn.relu6 if lite else jax.nn.swish
+        self.activation = relu6 if lite else swish
         self.shortcut = stride == 1 and c_in == c_out
         self.expand = Pointwise(c_in, c_in * expansion) if expansion > 1 else None
         self.depthwise = Depthwise(c_in * expansion, kernel_size, stride)
@@ -103,7 +113,7 @@ class EfficientNet(nnx.Module):
     def __init__(self, through: str, variant: str):
         lite = variant.startswith("lite")
         width, depth = SCALES[variant]
-        self.activation = jax.nn.relu6 if lite else jax.nn.swish
+        self.activation = relu6 if lite else swish
         c_in = 32 if lite else scaled_channels(32, width)
         self.stem = Conv(3, c_in, 3, 2)
         stages = []

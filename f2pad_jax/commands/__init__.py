@@ -1,6 +1,7 @@
 """The command ``f2pad``. Every sub-command is a module with ``add``, which describes its arguments, and ``run``."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,11 +27,14 @@ _MODULES = {"tune": "fit", "import": "import_anomalib", "make-dataset": "make_da
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 2 after an error, or 130 after an interrupt.
+    """Runs the command and returns its exit status: 0, 2 after an error, or 3 if some images fail.
 
-    ``f2pad refine --fail-on-defect`` returns 1 for a defect. An error is printed in one line on standard error.
+    130 is an interrupt, and 1 a defect for ``f2pad refine --fail-on-defect``. An error is one line on standard error.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for console in (sys.stdout, sys.stderr):
+        if isinstance(console, io.TextIOWrapper):
+            console.reconfigure(errors="backslashreplace")  # a name that the console can't show ends no work
     arguments = parser(argv).parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -40,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"f2pad: error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):
+            raise
+        print(f"f2pad: error: {str(error).splitlines()[0]}; set JAX_PLATFORMS to a device of this machine", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("f2pad: interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def add_false_alarms(parser: argparse.ArgumentParser, *, from_settings: bool = F
     parser.add_argument("--false-alarms", type=_share, default=default, metavar="RATE", help=text)
 
 
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that ends the command at an image that can't be used."""
+    text = "end before any work if an image can't be used (default: it is named, the others are done, the exit status is 3)"
+    parser.add_argument("--strict", action="store_true", help=text)
+
+
+def add_white(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the white level."""
+    text = "value of white in files with more than 8 bits, such as 4095 for a camera of 12 bits; the model keeps it "
+    text += "(default: found from the files)"
+    parser.add_argument("--white", type=positive, metavar="VALUE", help=text)
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -155,15 +169,24 @@ def shown_progress(*, sizes: bool = False) -> Iterator[Progress]:
 
 
 def _printed(sizes: bool) -> Progress:
-    """Returns a progress function that prints at most one line every :data:`LINE_INTERVAL_S` seconds."""
-    last = time.monotonic()
+    """Returns a progress function that prints a line every :data:`LINE_INTERVAL_S` seconds, with the time left.
+
+    A stage that has a line has a last line too.
+    """
+    last, began = time.monotonic(), {}
+    shown: set[str] = set()
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= LINE_INTERVAL_S:
-            last = time.monotonic()
+        now = time.monotonic()
+        start, first = began.setdefault(stage, (now, done))
+        if now - last >= LINE_INTERVAL_S or (done == total and stage in shown):
+            last = now
+            shown.add(stage)
             count = f"{decimal(done)} of {decimal(total)}" if sizes else f"{done}/{total}"
-            print(f"{time.strftime('%H:%M:%S')} {stage} {count}", file=sys.stderr, flush=True)
+            left = (now - start) * (total - done) / (done - first) if first < done < total else 0
+            ending = f", {timedelta(seconds=round(left))} left" if left else ""
+            print(f"{time.strftime('%H:%M:%S')} {stage} {count}{ending}", file=sys.stderr, flush=True)
 
     return report
 

@@ -1,6 +1,7 @@
 """Steps that ``f2pad fit`` and ``f2pad import`` share: checks of their files, and the line about the model."""
 
 import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,11 +20,22 @@ SUITS = 0.8
 """Least image AUROC on synthetic defects of a detector that suits its images."""
 
 
-def normal_images(folder: Path, out: Path) -> list[Path]:
-    """Checks the images of a folder and the path of the model file, and returns the paths of the images.
+def normal_images(
+    folder: Path, out: Path, *, strict: bool, white: float | None
+) -> tuple[list[Path], list[ImageError], float | None]:
+    """Checks the images of a folder and the path of the model file.
+
+    Args:
+        folder: folder of normal images.
+        out: model file.
+        strict: whether every image must be usable.
+        white: value of white in files with more than 8 bits; None: found from the files.
+
+    Returns:
+        The paths of the usable images, the errors of the others (printed here), and the white level.
 
     Raises:
-        ImageError: the folder is missing or empty, or an image can't be read.
+        ImageError: the folder is missing or empty, or ``strict`` is set and an image can't be used.
         OptionError: ``out`` is a folder, or lies below a file.
         OSError: ``out`` can't be written.
     """
@@ -34,9 +46,10 @@ def normal_images(folder: Path, out: Path) -> list[Path]:
     make_folder(out.parent)
     with tempfile.TemporaryFile(dir=out.parent):  # refuses a read-only folder before the fit, not after it
         pass
-    paths = [path for path, _ in list_images([folder])]
-    check_images(paths)
-    return paths
+    paths, errors, level = check_images((path for path, _ in list_images([folder])), strict=strict)
+    for error in errors:
+        print(f"f2pad: error: {error}", file=sys.stderr)
+    return [Path(path) for path in paths], errors, white or level
 
 
 def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:
@@ -80,7 +93,8 @@ def described(detector: AbstractDetector, num_images: int) -> str:
     """Describes a detector and its calibration in a line."""
     backbone, calibration = detector.backbone, detector.calibrated
     height, width = detector.size
+    white = "" if calibration.white is None else f" (white is {calibration.white:g})"
     return (
-        f"{num_images} normal images at {height}x{width} pixels, {backbone.name} {' '.join(backbone.layers)}; "
+        f"{num_images} normal images at {height}x{width} pixels{white}, {backbone.name} {' '.join(backbone.layers)}; "
         f"{calibration.prior.num_components} pixel components, threshold of m0 {float(calibration.threshold):.2f}"
     )

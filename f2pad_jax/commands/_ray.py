@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from f2pad_jax.commands._refine_files import Record, Task, Work, worker
+from f2pad_jax.commands._archive import Record, Task
+from f2pad_jax.commands._refine_files import Work, worker
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import OptionError
 from f2pad_jax.images.files import is_address

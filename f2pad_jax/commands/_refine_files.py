@@ -1,36 +1,28 @@
-"""Files of ``f2pad refine``. Each result is written as soon as it is done, so a stopped run continues where it stopped."""
+"""Files of each image of ``f2pad refine``, written as soon as the image is done."""
 
-import functools
 import hashlib
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from f2pad_jax._storage import file_sha256, write_atomically
-from f2pad_jax._version import __version__
+from f2pad_jax._storage import file_sha256
+from f2pad_jax.commands._archive import Record, Task, file_state
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors.base import AbstractDetector
-from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, read_image, read_map, state_of, write_png
+from f2pad_jax.errors import ImageError
+from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, read_image, read_map, write_png
 from f2pad_jax.images.pictures import overlay
 from f2pad_jax.inpainting._choice import INPAINTERS
 from f2pad_jax.method.algorithm import Refined
 from f2pad_jax.method.history import history as trace
 from f2pad_jax.method.settings import Settings
-from f2pad_jax.progress import Progress
 from f2pad_jax.refinement import refine_many
 from f2pad_jax.regions.measure import described, find_regions, mask_of
 from f2pad_jax.solvers.loop import Outcome
 
-Task = tuple[Path | str, str]
-"""Path of an image, or its address in a bucket, and the name of its results."""
-Record = dict[str, Any]
-"""Figures of one image and the names of its files, as ``results.json`` has them."""
 Work = Callable[[Sequence[Task]], Iterator[Record]]
 """Function that refines images, writes their files, and yields a record of each, in any order."""
 
@@ -50,88 +42,6 @@ class Reported(NamedTuple):
 
 ALL = Reported()
 """All regions, in pixels."""
-
-
-def refine_files(
-    model: Path,
-    tasks: Sequence[Task],
-    out: Path,
-    work: Work,
-    recipe: dict[str, Any],
-    progress: Progress,
-    show: Callable[[Record], None] | None = None,
-) -> dict[str, Any]:
-    """Refines the images that are not done, and writes the records of all images to ``results.json``.
-
-    The records are in the order of ``tasks``.
-
-    Args:
-        model: model file.
-        tasks: images to refine.
-        out: folder for the results.
-        work: function that refines.
-        recipe: all other options that change the results. Records of a run with another recipe or model are dropped.
-        progress: function that is told how many images are done.
-        show: function that is given the record of each image as soon as it is done.
-
-    Returns:
-        The content of ``results.json``.
-    """
-    began, partial = time.perf_counter(), out / "results.partial"
-    recipe = {"version": __version__, "model": str(model), "sha256": file_sha256(model), **recipe}
-    done = _kept(partial, recipe)
-
-    def kept(path: Path | str, name: str) -> bool:
-        record = done.get(str(path))
-        return record is not None and record["name"] == name and record["file"] == state_of(path)
-
-    waiting = [task for task in tasks if not kept(*task)]
-    progress("refining", len(tasks) - len(waiting), len(tasks))
-    if show is not None:
-        missing = {*waiting}
-        for task in tasks:
-            if task not in missing:
-                show(done[str(task[0])])
-    with partial.open("a") as log:
-        for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
-            done[record["image"]] = record
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if show is not None:
-                show(record)
-            progress("refining", count, len(tasks))
-    images = [{key: value for key, value in done[str(path)].items() if key != "file"} for path, _ in tasks]
-    results = {**recipe, "seconds": round(time.perf_counter() - began, 2), "refined_now": len(waiting), "images": images}
-    write_atomically(out / "results.json", _readable(results).encode())
-    partial.unlink()
-    return results
-
-
-def _readable(results: dict[str, Any]) -> str:
-    """Returns results as JSON, with a line for each value and for each image: outlines have many numbers."""
-    images = ",\n".join(json.dumps(record) for record in results["images"])
-    others = json.dumps({key: value for key, value in results.items() if key != "images"}, indent=2)
-    return f'{others[:-2]},\n  "images": [\n{images}\n  ]\n}}'
-
-
-def _kept(partial: Path, recipe: dict[str, Any]) -> dict[str, Record]:
-    """Returns the records of a stopped run with this recipe, by image. If there is no such run, it begins a new file."""
-    lines = partial.read_text().splitlines() if partial.exists() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the run was stopped in the middle of a line
-            break
-    if not records or _without_path(records[0]) != _without_path(recipe):
-        records = [recipe]
-    write_atomically(partial, "".join(json.dumps(record) + "\n" for record in records).encode())
-    return {record["image"]: record for record in records[1:]}
-
-
-def _without_path(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recipe without the path of its model, whose checksum is enough."""
-    return {key: value for key, value in recipe.items() if key != "model"}
 
 
 def worker(
@@ -161,44 +71,63 @@ def worker(
         masks: folder with the coarse mask of each image.
         reported: regions that the results have.
     """
-    sources = {"ignore": (ignore, ignored_pixels), "coarse_map": (maps, coarse_map), "coarse_mask": (masks, coarse_mask)}
-    readers = {key: functools.partial(read, source) for key, (source, read) in sources.items() if source is not None}
+
+    def extras(name: str) -> dict[str, Path | None]:
+        """Returns the files that belong to an image, by the argument of ``refine_many``."""
+        own = {} if ignore is None else {"ignore": ignored_file(ignore, name)}
+        own |= {} if maps is None else {"coarse_map": beside(maps, name, MAP_SUFFIXES)}
+        return own | ({} if masks is None else {"coarse_mask": beside(masks, name, SUFFIXES)})
 
     def work(tasks: Sequence[Task]) -> Iterator[Record]:
-        of_images = {key: map(read, [name for _, name in tasks]) for key, read in readers.items()}
+        ready, files, failed = [], [], {}
+        for path, name in tasks:
+            try:
+                files.append(extras(name))
+                ready.append((path, name))
+            except ImageError as error:
+                yield {"image": str(path), "name": name, "error": str(error)}
+
+        paths = [path for path, _ in ready]
+        states = [file_state(path) for path in paths]  # before they are read: a file may change while it is refined
+        of_images = {key: [file[key] for file in files] for key in (files[0] if files else ())}
         options = {"settings": settings, "inpaint": inpaint}
-        results = refine_many(detector, [path for path, _ in tasks], lanes=lanes, **of_images, **options)
-        for (path, name), result in zip(tasks, results, strict=True):
+        number = 0
+        for result in refine_many(detector, paths, lanes=lanes, on_error=failed.__setitem__, **of_images, **options):
+            while number in failed:
+                number += 1
+            path, name = ready[number]
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
-                past = trace(detector, read_image(path), **{key: read(name) for key, read in readers.items()}, **options)
+                past = trace(detector, read_image(path, white=detector.calibrated.white), **read(files[number]), **options)
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
-            yield written(path, name, result, inpaint, out, reported)
+            yield written(path, name, result, inpaint, out, reported) | {"file": states[number]}
+            number += 1
+        for number, error in failed.items():
+            yield {"image": str(ready[number][0]), "name": ready[number][1], "error": str(error)}
 
     return work
 
 
-def coarse_map(folder: Path, name: str) -> Float[np.ndarray, "h w"]:
-    """Reads the coarse map of an image."""
-    return read_map(beside(folder, name, MAP_SUFFIXES))
+READERS = {"ignore": read_mask, "coarse_map": read_map, "coarse_mask": read_mask}
+"""Functions that read the files of :func:`worker`."""
 
 
-def coarse_mask(folder: Path, name: str) -> Bool[np.ndarray, "h w"]:
-    """Reads the coarse mask of an image."""
-    return read_mask(beside(folder, name, SUFFIXES))
+def read(files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Returns the contents of the files that belong to an image."""
+    return {key: None if file is None else READERS[key](file) for key, file in files.items()}
 
 
-def ignored_pixels(ignore: Path, name: str) -> Bool[np.ndarray, "h w"] | None:
-    """Reads the pixels of an image that do not count; None if the folder has no picture with its name.
+def ignored_file(ignore: Path, name: str) -> Path | None:
+    """Returns the picture of an image's pixels that do not count; None if the folder has no picture with its name.
 
     Args:
         ignore: picture for all images, or folder with a picture for each.
         name: name of the image's results.
     """
     file = ignore / f"{name}.png" if ignore.is_dir() else ignore
-    return None if ignore.is_dir() and not file.exists() else read_mask(file)
+    return None if ignore.is_dir() and not file.exists() else file
 
 
 def checksum_of(source: Path | None) -> str | None:
@@ -234,7 +163,6 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "name": name,
         "height": height,
         "width": width,
-        "file": state_of(path),
         **files,
         "verdict": "defective" if result.defective else "good",
         "score": round(float(result.score), 4),

@@ -1,6 +1,7 @@
 """``f2pad evaluate``: the paper's tables on a data set in MVTec layout."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from f2pad_jax.commands._console import (
@@ -14,6 +15,7 @@ from f2pad_jax.commands._console import (
 )
 from f2pad_jax.data.mvtec import HALVES
 from f2pad_jax.detectors.registry import DETECTORS
+from f2pad_jax.evaluation._store import unusable_images
 from f2pad_jax.evaluation.cases import ABLATIONS
 from f2pad_jax.evaluation.report import write_report
 from f2pad_jax.evaluation.runs import evaluate
@@ -82,8 +84,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the evaluation, prints the tables and writes the report."""
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the evaluation, prints the tables and writes the report; the exit status is 3 if an image can't be used."""
     make_folder(arguments.out)
     with shown_progress() as progress:
         records = evaluate(
@@ -113,3 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{report} shows every image; its folder also holds tables.md, timing.md, results.json, results.csv and pictures/"
     )
+    unusable = unusable_images(arguments.out)
+    for error in unusable:
+        print(f"f2pad: error: {error}", file=sys.stderr)
+    return 3 if unusable else 0

@@ -20,17 +20,18 @@ from f2pad_jax.commands._console import (
     add_network,
     add_seed,
     add_size,
+    add_strict,
+    add_white,
     shown_progress,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images, score_chart
-from f2pad_jax.commands._refine_files import coarse_map
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import fitting
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import save_detector
 from f2pad_jax.errors import OptionError
-from f2pad_jax.images.files import read_image
+from f2pad_jax.images.files import MAP_SUFFIXES, beside, read_image, read_map
 from f2pad_jax.tuning import trials_table, tune
 
 _GENERAL = frozenset(inspect.signature(fitting.fit).parameters)
@@ -60,6 +61,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--features-only", action="store_true", help=text)
     add_false_alarms(parser)
     add_seed(parser)
+    add_strict(parser)
+    add_white(parser)
     add_network(parser)
     parser.add_argument(
         "--layers",
@@ -83,12 +86,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--tune", action="store_true", help=text)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Fits or tunes a detector and writes the model file.
+def run(arguments: argparse.Namespace) -> int:
+    """Fits or tunes a detector and writes the model file; the exit status is 3 if an image can't be used.
 
     A stopped training continues from the file ``MODEL.partial`` beside the model file.
     """
-    paths = normal_images(arguments.normal, arguments.out)
+    paths, errors, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
     method = DETECTORS[arguments.method]
     options = parsed_options(method, arguments.option)
     layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
@@ -102,9 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
         "features_only": arguments.features_only,
         "groups": None if arguments.groups is None else grouped(paths, arguments.groups),
         "resume": arguments.out.with_name(f"{arguments.out.name}.partial"),
+        "white": white,
         "seed": arguments.seed,
     }
-    images = (read_image(path) for path in paths)
+    images = (read_image(path, white=white) for path in paths)
     with shown_progress() as progress:
         if arguments.tune:
             detector, trials = tune(method, images, backbone, progress=progress, **options)
@@ -116,16 +120,17 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
     print(described_verdict(detector, arguments.false_alarms))
     if detector.calibrated.normality is None:
-        return
+        return 3 if errors else 0
     chart = arguments.out.with_name(f"{arguments.out.name}.svg")
     write_atomically(chart, score_chart(detector, arguments.false_alarms))
     print(f"{chart} shows the scores of the normal images and of the synthetic defects")
+    return 3 if errors else 0
 
 
 def given_maps(folder: Path, images: Path, paths: Sequence[Path]) -> list[Float[np.ndarray, "_ _"]]:
     """Reads the map of each image."""
     names = (path.relative_to(images).with_suffix("").as_posix() for path in paths)
-    return [coarse_map(folder, name) for name in names]
+    return [read_map(beside(folder, name, MAP_SUFFIXES)) for name in names]
 
 
 def grouped(paths: Sequence[Path], pattern: str) -> list[str]:

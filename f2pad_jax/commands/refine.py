@@ -13,17 +13,20 @@ from typing import Any
 
 import jax
 
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import file_sha256, write_atomically
+from f2pad_jax._version import __version__
+from f2pad_jax.commands._archive import Archive, Record
 from f2pad_jax.commands._console import (
     COMPILING,
     add_false_alarms,
+    add_strict,
     at_least,
     make_folder,
     positive,
     shown_progress,
 )
 from f2pad_jax.commands._ray import ray_workers
-from f2pad_jax.commands._refine_files import Record, Reported, checksum_of, refine_files, worker
+from f2pad_jax.commands._refine_files import Reported, checksum_of, worker
 from f2pad_jax.commands._results_page import write_page
 from f2pad_jax.commands._settings_file import as_toml, read_settings
 from f2pad_jax.detectors.saving import load_detector
@@ -94,6 +97,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-per-pixel", type=positive, metavar="MM", help=text)
     text = "print the record of each image as a line of JSON on standard output, and all other lines on standard error"
     parser.add_argument("--json", action="store_true", help=text)
+    add_strict(parser)
     parser.add_argument("--fail-on-defect", action="store_true", help="exit with status 1 if an image is defective")
     text = "also write the probability of each pixel, as a grey PNG of 16 bits: 65535 is 1, and the mask is above 32767"
     parser.add_argument("--probability", action="store_true", help=text)
@@ -105,9 +109,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Checks the arguments and the image files. Then it refines the images and writes the results.
+    """Refines the images that the output folder has no result of, and writes the results of all.
 
-    The exit status is 1 if an image is defective and ``--fail-on-defect`` is given, else 0.
+    The exit status is 2 if no image can be used, and 3 if some can't. Else it is 1 if an image is defective and
+    ``--fail-on-defect`` is given, and 0 otherwise.
     """
     if arguments.ray is not None:  # accelerators are for the workers; this process only reads the model
         jax.config.update("jax_platforms", "cpu")
@@ -123,20 +128,11 @@ def run(arguments: argparse.Namespace) -> int:
     found = list_images(expanded(arguments.images))
     if not found:
         raise ImageError("no image is given")
-    names = result_names(distinct(found))
-    check_images(path for path, _ in found if not is_address(path))  # images in a bucket take long to read
-    for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
-        for name in names if folder else ():
-            beside(folder, name, suffixes)  # names a missing file before the first image is refined
     if given["maps"] is None and given["masks"] is None and detector.calibrated.maps != "own":
         raise OptionError(f"{arguments.model} has no maps of its own; give --maps or --masks")
-    make_folder(out)
     settings = Settings() if arguments.config is None else read_settings(arguments.config)
     if arguments.false_alarms is not None:
         settings = dataclasses.replace(settings, false_alarms=arguments.false_alarms)
-    write_atomically(out / "settings.toml", as_toml(settings).encode())
-    console = sys.stderr if arguments.json else sys.stdout
-    print(COMPILING, file=console)
     options = {
         "inpaint": inpaint,
         "lanes": arguments.lanes,
@@ -145,22 +141,56 @@ def run(arguments: argparse.Namespace) -> int:
         "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel, arguments.probability),
         **given,
     }
-    if arguments.ray is None:
-        work = worker(detector, out, **options)
-    else:
-        work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
-    recipe = {"inpaint": inpaint, "history": arguments.history, "settings": settings.described()}
+    recipe = {"version": __version__, "model": str(arguments.model), "sha256": file_sha256(arguments.model)}
+    recipe |= {"inpaint": inpaint, "history": arguments.history, "settings": settings.described()}
     recipe |= options["reported"]._asdict() | {name: checksum_of(path) for name, path in given.items()}
-    tasks = [(path, name) for (path, _), name in zip(found, names, strict=True)]
-    show = print_json if arguments.json else None
-    with shown_progress() as progress:
-        results = refine_files(arguments.model, tasks, out, work, recipe, progress, show)
+    make_folder(out)
+    console = sys.stderr if arguments.json else sys.stdout
+    with Archive(out, recipe) as archive:
+        found = [(path, relative) for path, relative in found if not archive.wrote(path)]
+        tasks = [(path, name) for (path, _), name in zip(found, result_names(distinct(found)), strict=True)]
+        if arguments.strict:
+            check_images((path for path, _ in tasks), strict=True)
+            for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):
+                for _, name in tasks:
+                    if folder is not None:
+                        beside(folder, name, suffixes)
+        waiting = archive.missing(tasks)
+        write_atomically(out / "settings.toml", as_toml(settings).encode())
+        if waiting:
+            print(COMPILING, file=console)
+        if arguments.json:
+            for _, name in sorted({*tasks} - {*waiting}):
+                print_json(archive.records[name])
+        if arguments.ray is None:
+            work = worker(detector, out, **options)
+        else:
+            work = ray_workers(arguments.model, arguments.weights, out, num_workers=arguments.ray, options=options)
+        with shown_progress() as progress:
+            progress("refining", len(tasks) - len(waiting), len(tasks))
+            try:
+                for count, record in enumerate(work(waiting), len(tasks) - len(waiting) + 1):
+                    archive.add(record)
+                    if arguments.json:
+                        print_json(record)
+                    progress("refining", count, len(tasks))
+            except KeyboardInterrupt:
+                text = f"{archive.num_refined} of {len(waiting)} images are done and kept; the same command goes on"
+                print(text, file=sys.stderr)
+                raise
+    results = archive.results()
     write_tables(results["images"], out)
     write_page(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
+    for record in archive.unusable:
+        print(f"f2pad: error: {record['error']}", file=sys.stderr)
     print(summary(results, out), file=console)
-    return int(arguments.fail_on_defect and any(r["verdict"] == "defective" for r in results["images"]))
+    own = {name for _, name in tasks}
+    defective = any(r["verdict"] == "defective" for r in results["images"] if r["name"] in own)
+    if archive.unusable:
+        return 3 if len(archive.unusable) < len(tasks) else 2
+    return int(arguments.fail_on_defect and defective)
 
 
 def print_json(record: Record) -> None:
@@ -189,10 +219,11 @@ def summary(results: dict[str, Any], out: Path) -> str:
     """Returns the last line of the command: counts of images, and the place of the results."""
     records, count = results["images"], results["refined_now"]
     num_defective = sum(record["verdict"] == "defective" for record in records)
+    unusable = f", {len(results['unusable'])} can't be used" if results["unusable"] else ""
     before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     return (
         f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_defective} defective, "
-        f"{len(records) - num_defective} good; report.html, results.json, tables and masks are in {out}"
+        f"{len(records) - num_defective} good{unusable}; report.html, results.json, tables and masks are in {out}"
     )
 
 

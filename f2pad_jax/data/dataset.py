@@ -20,7 +20,7 @@ from f2pad_jax._version import __version__
 from f2pad_jax.data.mvtec import Category, open_categories
 from f2pad_jax.data.protocols import PROTOCOLS, Image, Mask, Sources, shows_objects
 from f2pad_jax.errors import ImageError, OptionError, RunError
-from f2pad_jax.images.files import read_image, write_png
+from f2pad_jax.images.files import check_images, read_image, write_png
 from f2pad_jax.progress import Progress, silent
 
 FORMAT = "f2pad-dataset-2"
@@ -222,10 +222,11 @@ def _sources(
     bases = [category.train[i] for i in order[:num_held_out]] + good
     foreign = [path for other in lending if other.name != category.name for path in other.train]
     shapes = [path for other in lending for path in other.masks]
+    white = check_images(category.train, strict=True)[2]
 
     def image(path: Path) -> Image:
         """Loads an image. Pillow resizes in integers: every processor gives equal pixels (bilinear, antialiased)."""
-        small = PIL.Image.fromarray(read_image(path)).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
+        small = PIL.Image.fromarray(read_image(path, white=white)).resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR)
         return np.asarray(small, np.float32) / 255
 
     is_object = shows_objects(image(path) for path in train[:8])

@@ -33,8 +33,17 @@ class Sample(NamedTuple):
         return f"{self.kind}/{self.path.stem}"
 
     def truth(self, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-        """Returns the ground truth at ``size`` (height, width)."""
-        return np.zeros(size, bool) if self.mask is None else read_mask(self.mask, size=size)
+        """Returns the ground truth at ``size`` (height, width).
+
+        Raises:
+            ImageError: the file of a defect is missing or no image, or has no anomalous pixel, or none at this size.
+        """
+        if self.mask is None:
+            return np.zeros(size, bool)
+        truth = read_mask(self.mask, size=size)
+        if not truth.any():
+            raise ImageError(f"{self.mask}: no anomalous pixel at {size[0]}x{size[1]} pixels")
+        return truth
 
 
 class Category(NamedTuple):
@@ -95,21 +104,33 @@ def open_category(folder: str | Path, *, testing: bool = True) -> Category:
 
 
 def read_mask(path: str | Path, *, size: tuple[int, int] | None = None) -> Bool[np.ndarray, "h w"]:
-    """Reads a ground truth at ``size`` (height, width), by nearest neighbour; None: the size of the file.
+    """Reads a mask at ``size`` (height, width), by nearest neighbour; None: the size of the file.
+
+    A pixel belongs to the mask if one of its colours exceeds half of full scale. In a palette, and in a file without a
+    value above half of full scale, every value but 0 counts: such files hold labels, or 0 and 1. If alpha varies, it is
+    the mask.
 
     Raises:
         ImageError: the file is missing, or no image.
     """
     try:
         with PIL.Image.open(path) as picture:
-            mask = picture.convert("L")
-            if size is not None:
-                mask = mask.resize((size[1], size[0]), PIL.Image.Resampling.NEAREST)
-            return np.asarray(mask) > 127
+            labels = picture.mode == "P"
+            if "transparency" in picture.info or "A" in picture.getbands():
+                alpha = picture.convert("RGBA").getchannel("A")
+                picture = alpha if len({*alpha.getextrema()}) == 2 else picture.convert("RGB")
+            values = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: no image that can be read ({error})") from None
+    values = values.max(axis=2) if values.ndim == 3 else values
+    half = {np.dtype(np.uint8): 127, np.dtype(np.uint16): 32767}.get(values.dtype, 0)
+    mask = values > (0 if labels or values.max() <= half else half)
+    if size is None:
+        return mask
+    resized = PIL.Image.fromarray(mask).resize((size[1], size[0]), PIL.Image.Resampling.NEAREST)
+    return np.asarray(resized)
 
 
 HALVES = ("development", "report")

@@ -128,6 +128,8 @@ class Calibration(eqx.Module):
     """Distribution of the maps of normal images; None: an image is defective if a pixel exceeds ``threshold``."""
     maps: Literal["own", "given", "none"] = eqx.field(static=True, default="own")
     """Origin of the maps that gave the levels, static: the detector, another detector, or no maps."""
+    white: float | int | None = eqx.field(static=True, default=None)
+    """Value of white in image files with more than 8 bits, static; None: each file's own."""
 
 
 class AbstractDetector(eqx.Module):
@@ -242,7 +244,7 @@ class AbstractDetector(eqx.Module):
         """
         c = self.calibrated
         if c.normality is None:
-            return jnp.max(anomaly_map) / c.threshold, jnp.full((), jnp.nan)
+            return jnp.max(anomaly_map) / c.threshold, jnp.float32(jnp.nan)
         score = c.normality.score(anomaly_map)
         return self.in_units(score, false_alarms), c.normality.p_value(score)
 
@@ -280,7 +282,7 @@ class AbstractDetector(eqx.Module):
         """
         c = self.calibrated
         if c.normality is None:
-            return jnp.zeros(())
+            return jnp.float32(0)
         level = jnp.maximum(c.normality.level, c.ordinary + UNLIKE * (c.threshold - c.ordinary))
         return jnp.maximum(jnp.median(anomaly_map) - level, 0)
 

@@ -157,7 +157,7 @@ def with_calibration(detector: D, calibration: Calibration) -> D:
 def _mean_score(detector: AbstractDetector, image: Float[Array, "h w 3"]) -> Float[Array, ""]:
     """Returns the mean raw score over all positions of all layers."""
     scores = detector.raw_scores(image, detector.locate(image, ORIGIN))
-    return sum((jnp.sum(s) for s in scores), jnp.zeros(())) / sum(s.size for s in scores)
+    return sum((jnp.sum(s) for s in scores), jnp.float32(0)) / sum(s.size for s in scores)
 
 
 @jax.jit

@@ -42,6 +42,7 @@ def fit(
     num_exemplars: int = 16,
     adjust: Adjust | None = None,
     resume: str | Path | None = None,
+    white: float | int | None = None,
     seed: int = 0,
     progress: Progress = silent,
     **options: Any,
@@ -79,6 +80,8 @@ def fit(
         adjust: function that improves the calibration before the refit; :func:`f2pad_jax.tune` passes one.
         resume: file of the state of a long training, which goes on from the file. The fit removes the file at its end.
             Methods with ``resumable = False`` do not use it.
+        white: value of white with which files of more than 8 bits were read (:func:`~f2pad_jax.images.read_image`). Later
+            files are read with it.
         seed: seed of everything drawn at random.
         progress: function that receives stage, number done and total.
         options: options of the method's own ``fit``, such as ``rank`` of ``PaDiM.fit``.
@@ -90,6 +93,8 @@ def fit(
             group, or not a group for each image; or all pixels are ignored; or there is not a coarse map for each image.
         CheckpointError: the backbone's weights are missing.
     """
+    if not isinstance(method, type):
+        raise OptionError(f"method is {method!r}; it must be a class of detectors, such as f2pad_jax.detectors.PatchCore")
     if size is not None and smallest_defect is not None:
         raise OptionError("give the size or the smallest defect, not both: the smallest defect chooses the size")
     own, images = peeked(images)
@@ -146,7 +151,7 @@ def fit(
         detector = with_calibration(refitted, detector.calibrated)
     if resume and method.resumable:
         Path(resume).unlink(missing_ok=True)
-    return detector
+    return with_calibration(detector, dataclasses.replace(detector.calibrated, white=white))
 
 
 def _other_maps(maps: Iterable[Num[np.ndarray | Array, "..."]], normals: NormalImages) -> Float[np.ndarray, "n h w"]:

@@ -7,7 +7,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 460.0, 240.0
 """Size of a chart, pixels."""
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 12.0, 30.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 18.0, 30.0, 40.0
 """Margins around the axes, pixels."""
 NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 """Attribute that a file of SVG needs and a page does not."""

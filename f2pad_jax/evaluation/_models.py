@@ -16,7 +16,7 @@ from f2pad_jax.detectors.fitting import fit
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import load_detector, save_detector
 from f2pad_jax.evaluation.cases import Case, training_images
-from f2pad_jax.images.files import read_image
+from f2pad_jax.images.files import check_images, read_image
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.progress import Progress
 from f2pad_jax.tuning import recipe, tune
@@ -46,7 +46,7 @@ def load_or_fit(
 
     Raises:
         CheckpointError: the backbone's weights are missing.
-        ImageError: there are too few training images, or one can't be used.
+        ImageError: there are too few training images.
     """
     paths = training_images(case, category, request["seed"])
     model = models / f"{_stem(case, paths, request)}.model"
@@ -56,13 +56,15 @@ def load_or_fit(
     models.mkdir(exist_ok=True)
     method, trials, start = DETECTORS[case.method], [], time.perf_counter()
     backbone = load_to_depth(case.backbone, method.default_layers(find_network(case.backbone), len(paths)), weights)
-    images = (read_image(path) for path in paths)
+    usable, errors, white = check_images(paths)
+    images = (read_image(path, white=white) for path in usable)
     options: dict[str, Any] = {
         "size": tuple(size) if isinstance(size := request["size"], list) else size,
         "smallest_defect": request["smallest_defect"],
         "ignore": None if request["ignore"] is None else read_mask(request["ignore"][0]),
         "border": request["border"],
         "resume": model.with_suffix(".partial"),
+        "white": white,
         "seed": request["seed"],
         "progress": progress,
     }
@@ -73,7 +75,8 @@ def load_or_fit(
     save_detector(model, detector)
     record = {
         "fit_seconds": round(time.perf_counter() - start, 1),
-        "training_images": len(paths),
+        "training_images": len(usable),
+        "unusable": [str(error) for error in errors],
         "layers": list(detector.backbone.layers),
         "detector_size": list(detector.size),
         "normal_scores": normal_scores(detector),

@@ -147,6 +147,12 @@ def load_images(folder: Path) -> list[ImageResult]:
     return results
 
 
+def unusable_images(out: Path) -> list[str]:
+    """Returns the errors of the images of all cases that can't be used, each once."""
+    cases = [json.loads(file.read_text()) for file in sorted((out / "runs").glob("*/case.json"))]
+    return list(dict.fromkeys(error for case in cases for error in case.get("unusable", [])))
+
+
 def save_curves(folder: Path, curves: Mapping[str, Curves]) -> None:
     """Writes the curves of some images of a case, by the names of their samples."""
     write_atomically(folder / CURVES, json.dumps(curves).encode())

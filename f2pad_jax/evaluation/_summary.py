@@ -24,7 +24,8 @@ def summarise(folder: Path) -> list[Record]:
     IoU, DICE and boundary F1 are means over the defective images. AUROC, AP, F1-max, AUPRO and SegF1 pool all images. The
     first four measure a map over all thresholds: the coarse map, and the probability of each variant. SegF1 measures
     masks whose threshold has seen no label: m0, and the masks of each variant.
-    Seconds per image are the seconds of all images, good ones too, divided by the number of defective ones.
+    Seconds per image are the seconds of all images, good ones too, divided by the number of defective ones. Without a
+    defective image, only the numbers of images and of marked images are no NaN.
     ``backbone_iou`` and ``backbone_dice`` measure the coarse map at the threshold of best pixel F1 on the test labels, the
     paper's protocol. ``coarse_iou`` and ``coarse_dice`` measure m0, at the label-free threshold, where refinement starts.
     """
@@ -33,7 +34,7 @@ def summarise(folder: Path) -> list[Record]:
     case = json.loads((folder / "case.json").read_text())
     maps, truth = np.stack([i.coarse_map for i in images]), np.stack([i.truth for i in images])
     defective = [i for i in images if not i.good]
-    best = metrics.best_threshold(maps, truth)
+    best = metrics.best_threshold(maps, truth) if defective else float("inf")
 
     def mean(measure: Callable[[Any, Mask], float], masks: Iterable[Any]) -> float:
         pairs = [(m, i.truth) for m, i in zip(masks, images, strict=True) if not i.good]
@@ -46,6 +47,7 @@ def summarise(folder: Path) -> list[Record]:
         **{key: case[key] for key in ("category", "method", "backbone", "protocol", "setting", "seed", "inpainter")},
         "images": len(defective),
         "good_images": len(images) - len(defective),
+        "unusable_images": len(case.get("unusable", [])),
         "coarse_iou": mean(metrics.iou, m0),
         "coarse_dice": mean(metrics.dice, m0),
         "backbone_iou": mean(metrics.iou, maps > best),
@@ -72,25 +74,28 @@ def summarise(folder: Path) -> list[Record]:
 
     def of_probability(variant: str) -> Record:
         probability = np.stack([i.probability[variant] for i in images])
-        values = over_thresholds(probability, truth, metrics.best_threshold(probability, truth))
+        best = metrics.best_threshold(probability, truth) if defective else float("inf")
+        values = over_thresholds(probability, truth, best)
         return {f"probability_{name}": value for name, value in values.items()}
 
     records = [
         record(
             variant,
             [i.masks[variant] for i in images],
-            float(np.mean([i.steps[variant] for i in defective])),
-            float(np.sum([i.seconds[variant] for i in images])) / len(defective),
+            float(np.mean([i.steps[variant] for i in defective])) if defective else float("nan"),
+            float(np.sum([i.seconds[variant] for i in images])) / len(defective) if defective else float("nan"),
         )
         | of_probability(variant)
         for variant in (FULL, *ABLATIONS)
-        if defective and all(variant in i.masks for i in images)
+        if all(variant in i.masks for i in images)
     ]
-    return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items() if defective]
+    return records + [record(name, masks, 0.0, 0.0) for name, masks in peer_masks(images).items()]
 
 
 def over_thresholds(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"], best: float) -> Record:
     """Returns the metrics of maps over all thresholds, all images pooled; ``best`` is the threshold of best F1."""
+    if not truth.any():
+        return dict.fromkeys(("auroc", "ap", "f1_max", "aupro", "aupro_05"), float("nan"))
     aupro, aupro_05 = metrics.aupros(maps, truth, (0.3, 0.05))
     return {
         "auroc": metrics.auroc(maps, truth),
@@ -102,7 +107,9 @@ def over_thresholds(maps: Float[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n
 
 
 def pooled_f1(masks: Sequence[Mask] | Bool[np.ndarray, "n h w"], truth: Bool[np.ndarray, "n h w"]) -> float:
-    """Returns the pixel F1 of masks, all images pooled."""
+    """Returns the pixel F1 of masks, all images pooled; NaN without an anomalous pixel."""
+    if not np.any(truth):
+        return float("nan")
     return metrics.dice(np.concatenate(masks), truth.reshape(-1, truth.shape[-1]))
 
 

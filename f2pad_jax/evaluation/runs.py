@@ -5,6 +5,7 @@ and ``results.json``. Results on disk are not computed again: a stopped run goes
 results of an uninterrupted run. Other methods, categories or protocols add to the tables.
 """
 
+import collections
 import dataclasses
 import json
 import time
@@ -25,7 +26,7 @@ from f2pad_jax.data.protocols import PROTOCOLS
 from f2pad_jax.data.textures import TEXTURES, write_textures
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
-from f2pad_jax.errors import OptionError, RunError
+from f2pad_jax.errors import ImageError, OptionError, RunError
 from f2pad_jax.evaluation._models import load_or_fit
 from f2pad_jax.evaluation._store import load_curves, save_curves, save_image, stored_variants
 from f2pad_jax.evaluation._summary import summarise
@@ -243,15 +244,19 @@ def _run(
         "samples": [sample.name for sample in samples],
     }
     write_atomically(file, json.dumps(record, indent=1).encode())
+    unusable: dict[str, str] = {}
     for variant in variants:
-        remaining = [sample for sample in samples if variant in missing[sample.name]]
+        remaining = [sample for sample in samples if variant in missing[sample.name] and sample.name not in unusable]
         count = len(samples) - len(remaining)
         report(f"refining, {variant}", count, len(samples))
-        for k, _ in enumerate(_refine(detector, remaining, folder, variant, request["inpainter"])):
+        for k, _ in enumerate(_refine(detector, remaining, folder, variant, request["inpainter"], unusable)):
             report(f"refining, {variant}", count + k + 1, len(samples))
+    record["unusable"] = [*fit_record.get("unusable", []), *unusable.values()]
+    write_atomically(file, json.dumps(record, indent=1).encode())
+    without_curves = [sample for sample in without_curves if sample.name not in unusable]
     for k, sample in enumerate(without_curves):
         report("curves", k, len(without_curves))
-        course = history(detector, _resized(sample, detector.size), inpaint=request["inpainter"], every=10**6)
+        course = history(detector, _resized(sample, detector), inpaint=request["inpainter"], every=10**6)
         series = {"objective": course.objective, **course.terms}
         curves[sample.name] = {name: np.round(np.asarray(values, float), 3).tolist() for name, values in series.items()}
         save_curves(folder, curves)
@@ -259,19 +264,36 @@ def _run(
 
 
 def _refine(
-    detector: AbstractDetector, samples: Sequence[Sample], folder: Path, variant: str, inpaint: str
+    detector: AbstractDetector,
+    samples: Sequence[Sample],
+    folder: Path,
+    variant: str,
+    inpaint: str,
+    unusable: dict[str, str],
 ) -> Iterator[Sample]:
-    """Refines images and keeps the result of each; yields its sample."""
-    images = (_resized(sample, detector.size) for sample in samples)
+    """Refines images and keeps the result of each; yields its sample. Errors of images are put into ``unusable``."""
+    taken: collections.deque[Sample] = collections.deque()
+
+    def images() -> Iterator[Float[np.ndarray, "h w 3"]]:
+        for sample in samples:
+            try:
+                sample.truth(detector.size)
+                image = _resized(sample, detector)
+            except ImageError as error:
+                unusable[sample.name] = str(error)
+                continue
+            taken.append(sample)
+            yield image
+
     settings = None if variant == FULL else ABLATIONS[variant]
     start, compile_start = time.perf_counter(), compile_seconds()
-    results = refine_many(detector, images, settings=settings, inpaint=inpaint)
-    for sample, result in zip(samples, results, strict=True):
+    for result in refine_many(detector, images(), settings=settings, inpaint=inpaint):
+        sample = taken.popleft()
         seconds = time.perf_counter() - start - (compile_seconds() - compile_start)
         save_image(result, sample, folder, variant, max(seconds, 0.0), detector.calibrated.ignored)
         yield sample
         start, compile_start = time.perf_counter(), compile_seconds()
 
 
-def _resized(sample: Sample, size: tuple[int, int]) -> Float[np.ndarray, "h w 3"]:
-    return np.asarray(resized(to_unit(read_image(sample.path)), size))
+def _resized(sample: Sample, detector: AbstractDetector) -> Float[np.ndarray, "h w 3"]:
+    return np.asarray(resized(to_unit(read_image(sample.path, white=detector.calibrated.white)), detector.size))

@@ -20,11 +20,16 @@ class Box(eqx.Module):
     def cut(self, image: Shaped[Array, "h w *c"]) -> Shaped[Array, "_h _w *c"]:
         """Returns the pixels of the rectangle."""
         rest = image.shape[2:]
-        return jax.lax.dynamic_slice(image, (*self.corner, *[0] * len(rest)), (*self.size, *rest))
+        return jax.lax.dynamic_slice(image, (*self.corner, *_zeros(len(rest))), (*self.size, *rest))
 
     def paste(self, part: Shaped[Array, "_h _w *c"], image: Shaped[Array, "h w *c"]) -> Shaped[Array, "h w *c"]:
         """Returns the image with the pixels of the rectangle replaced by ``part``."""
-        return jax.lax.dynamic_update_slice(image, part, (*self.corner, *[0] * (part.ndim - 2)))
+        return jax.lax.dynamic_update_slice(image, part, (*self.corner, *_zeros(part.ndim - 2)))
+
+
+def _zeros(count: int) -> list[np.int32]:
+    """Returns zeros of the type of a corner; Python's have another type where JAX computes with 64 bits."""
+    return [np.int32(0)] * count
 
 
 class View(eqx.Module):
@@ -74,7 +79,7 @@ def view_of(window: Box, crop: Box, small: Float[Array, "h w c"], large: Float[A
         return View()
     matrices = []
     for axis, (shrunk, full) in enumerate(((h, height), (w, width))):
-        matrix = jax.image.resize(jnp.eye(full), (shrunk, full), "linear")
+        matrix = jax.image.resize(jnp.eye(full, dtype=jnp.float32), (shrunk, full), "linear")
         corner = window.corner[axis], crop.corner[axis]
         matrices.append(jax.lax.dynamic_slice(matrix, corner, (window.size[axis], crop.size[axis])))
     view = View(*matrices, share=h * w / (height * width))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,53 +11,107 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from jaxtyping import Float, Shaped, UInt8
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.errors import ImageError
+from f2pad_jax.images._decoding import pixels_of
+from f2pad_jax.images.pixels import MIN_SIDE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAP_SUFFIXES = (".npy", ".npz", ".tif", ".tiff", ".png")
 """Endings of files of maps, the first choice first."""
 _TooLarge = PIL.Image.DecompressionBombError
-MIN_SIDE = 16
-"""Smallest height or width of an image, pixels."""
+WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+"""Values of white that files with more than 8 bits have: of floats, and of 8 to 16 bits."""
 
 
-def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: str | Path, *, white: float | int | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file as 8-bit RGB, rotated according to its EXIF data.
 
-    Grey becomes three equal channels, alpha is dropped, a palette is looked up. 16 bits are scaled to 8 (full scale 65535).
+    Grey becomes three equal channels, alpha is dropped, a palette is looked up. Pixels with more than 8 bits are scaled by
+    the white level: ``white`` if given, else the level that the file states, else 65535 for 16 bits.
 
     Args:
         path: file, or address in a bucket, such as ``s3://bucket/part.png`` (extra ``bucket``).
+        white: value of white in files with more than 8 bits, such as 4095 for a camera of 12 bits. :func:`check_images`
+            finds it.
 
     Raises:
-        ImageError: the file is missing, not an image, damaged or too large, or a side is under :data:`MIN_SIDE`.
+        ImageError: the file is missing, not an image, damaged or too large, or has several pages. Or a side is under 16
+            pixels, a pixel is negative or above the white level, or there is no white level.
+    """
+    values, stated = _decoded(path)
+    white = white or stated or (65535.0 if values.dtype == np.uint16 else None)
+    values = _checked(path, values, white)
+    if values.dtype != np.uint8 and white is not None:
+        values = (values * (255 / white)).round().astype(np.uint8)
+    return np.repeat(values[..., None], 3, axis=-1) if values.ndim == 2 else values
+
+
+def check_images(
+    paths: Iterable[str | Path], *, strict: bool = False
+) -> tuple[list[str | Path], list[ImageError], float | None]:
+    """Decodes every image; returns the images that can be used, the errors of the others, and the white level.
+
+    The white level is the value of white in files with more than 8 bits, None if there is no such file. It is the level
+    that the files state, such as 4095 for 12 bits. If a file states none, it is the least of :data:`WHITES` that no
+    pixel exceeds: cameras often keep 10, 12 or 14 bits in files of 16 bits.
+
+    Raises:
+        ImageError: an image can't be used, and ``strict`` is set; the message names the first one and counts the rest.
+    """
+    usable, errors, levels = [], [], []
+    for path in paths:
+        try:
+            values, stated = _decoded(path)
+            _checked(path, values, float("inf"))
+            usable.append(path)
+            levels += [stated or float(values.max())] if values.dtype != np.uint8 else []
+        except ImageError as error:
+            errors.append(error)
+    if errors and strict:
+        raise ImageError(str(errors[0]) + (f" (and {len(errors) - 1} more bad images)" if len(errors) > 1 else ""))
+    return usable, errors, min((white for white in WHITES if white >= max(levels)), default=None) if levels else None
+
+
+def _checked(
+    path: str | Path, values: Shaped[np.ndarray, "h w *c"], white: float | int | None
+) -> Shaped[np.ndarray, "h w *c"]:
+    """Returns the pixels of a file.
+
+    Raises:
+        ImageError: a side is under 16 pixels, or pixels with more than 8 bits do not lie between 0 and white.
+    """
+    if min(values.shape[:2]) < MIN_SIDE:
+        raise ImageError(f"{path}: {values.shape[1]}x{values.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
+    if values.dtype != np.uint8 and (white is None or not 0 <= values.min() <= values.max() <= white):
+        found = f"{values.dtype} pixels of {values.min():g} to {values.max():g}"
+        raise ImageError(f"{path}: {found}; white is {white or 'unknown'}: state another value")
+    return values
+
+
+def _decoded(path: str | Path) -> tuple[Shaped[np.ndarray, "h w *c"], float | None]:
+    """Returns the pixels of a file as they are stored, and the value of white that the file states, if any.
+
+    Raises:
+        ImageError: the file is missing, not an image, damaged or too large, or has several pages.
     """
     try:
         with _read_bytes(path) as file, PIL.Image.open(file) as opened:
-            image = PIL.ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image, np.float64)
-                if values.min() < 0 or values.max() > 65535 or image.mode == "F":
-                    raise ImageError(f"{path}: {image.mode} pixels up to {values.max():g}; expected 8 or 16 bits")
-                array = np.repeat((values / 257).round().astype(np.uint8)[..., None], 3, axis=-1)
-            else:
-                opaque = image.convert("RGBA") if "transparency" in image.info else image
-                array = np.asarray(opaque.convert("RGB"))
+            return pixels_of(opened, file)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ImageError(f"{path}: can't be opened ({error.strerror})") from None
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image, or in a format Pillow can't read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, PIL.Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: damaged or truncated image ({error})") from None
-    if min(array.shape[:2]) < MIN_SIDE:
-        raise ImageError(f"{path}: {array.shape[1]}x{array.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
-    return array
+    except _TooLarge as error:
+        raise ImageError(f"{path}: too large ({error}); cut it into smaller images") from None
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise errors of many kinds
+        raise ImageError(f"{path}: can't be read, perhaps damaged or truncated ({error})") from None
 
 
 def read_map(path: str | Path) -> Float[np.ndarray, "h w"]:
@@ -162,11 +217,17 @@ def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
 
 
 def _in_files(source: Path) -> tuple[bool, list[tuple[Path, Path]]]:
-    """Returns whether a file or folder exists, and its images."""
+    """Returns whether a file or folder exists, and its images, in linked folders as well."""
     if not source.is_dir():
         return source.exists(), [(source, Path(source.name))]
-    files = ((path, path.relative_to(source)) for path in source.rglob("*"))
-    return True, [(path, relative) for path, relative in files if _named_as_image(relative) and path.is_file()]
+    files, above = [], {source: {source.resolve()}}
+    for folder, subfolders, names in os.walk(source, followlinks=True):
+        seen = above.pop(Path(folder))
+        files += [Path(folder, name) for name in names]
+        subfolders[:] = [name for name in subfolders if Path(folder, name).resolve() not in seen]  # no loops
+        above |= {Path(folder, name): seen | {Path(folder, name).resolve()} for name in subfolders}
+    images = ((path, path.relative_to(source)) for path in files)
+    return True, [(path, relative) for path, relative in images if _named_as_image(relative) and path.is_file()]
 
 
 def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
@@ -182,22 +243,6 @@ def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
 
 def _named_as_image(relative: Path) -> bool:
     return relative.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in relative.parts)
-
-
-def check_images(paths: Iterable[Path]) -> None:
-    """Decodes every image, so that a bad image is reported before any work begins.
-
-    Raises:
-        ImageError: an image is bad; the message names the first bad image and counts the rest.
-    """
-    errors = []
-    for path in paths:
-        try:
-            read_image(path)
-        except ImageError as error:
-            errors.append(str(error))
-    if errors:
-        raise ImageError(errors[0] + (f" (and {len(errors) - 1} more bad images)" if len(errors) > 1 else ""))
 
 
 def write_png(path: Path, image: Shaped[np.ndarray, "..."]) -> None:

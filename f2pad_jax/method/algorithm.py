@@ -103,9 +103,9 @@ class Phase(NamedTuple):
 def phases(settings: Settings) -> Phase:
     """Returns both phases: every part is solved with β for its mask, then with β = 0 inside it for n (Section III-E3)."""
     return Phase(
-        jnp.array([1.0, 0.0]),
-        jnp.array([1.0, settings.restore_rate]),
-        jnp.array([settings.max_steps, settings.restore_steps]),
+        jnp.array([1.0, 0.0], jnp.float32),
+        jnp.array([1.0, settings.restore_rate], jnp.float32),
+        jnp.array([settings.max_steps, settings.restore_steps], jnp.int32),
     )
 
 
@@ -192,7 +192,7 @@ def untouched(image: Float[Array, "h w 3"], coarse: Coarse) -> Solved:
     mask = (covered & scaled_mask(coarse.mask, size_of(image))).astype(jnp.float32)
     zero = jnp.zeros((), jnp.int32)
     outcome = jnp.where(covered, int(Outcome.COVERS_IMAGE), int(Outcome.NOTHING_TO_REFINE))
-    return Solved(mask, normalise(image), zero, jnp.zeros(()), outcome)
+    return Solved(mask, normalise(image), zero, jnp.float32(0), outcome)
 
 
 def compose(
@@ -211,6 +211,7 @@ def compose(
     lost = ~jnp.any(found) & jnp.any(m0)
     mask = found | (lost & m0)
     outcome = jnp.where(lost, int(Outcome.COARSE_MASK), solved.outcome)
+    outcome = jnp.where(jnp.isfinite(coarse.score), outcome, int(Outcome.NON_FINITE))
     share = jnp.sum(mask) / jnp.sum(counts)
     region = scaled_mask(coarse.region, size)
     outside = settings.decision.prior(scaled(coarse.excess, size))

@@ -13,7 +13,7 @@ from f2pad_jax.detectors.base import AbstractDetector, counted
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images._morphology import dilate, filled, reached
 from f2pad_jax.images._views import scaled, scaled_mask
-from f2pad_jax.images.pixels import Scalar, normalise, resized
+from f2pad_jax.images.pixels import MIN_SIDE, Scalar, normalise, resized
 from f2pad_jax.method.settings import Settings
 
 
@@ -68,7 +68,7 @@ class Given(eqx.Module):
             low = jnp.where(low < high, low, jnp.min(values))
             varied = high - low > 1e-5 * jnp.max(jnp.abs(values))  # more than the resize rounds
             values = jnp.where(varied, (values - low) / jnp.where(varied, high - low, 1), 0)
-        own = dataclasses.replace(c, ordinary=jnp.zeros(()), threshold=jnp.full((), 0.5), normality=None)
+        own = dataclasses.replace(c, ordinary=jnp.float32(0), threshold=jnp.float32(0.5), normality=None)
         return values, dataclasses.replace(detector, calibration=own)
 
 
@@ -116,8 +116,11 @@ def look(
     ``ignored`` pixels do not count. A ``given`` map takes the place of the detector's.
 
     Raises:
+        ImageError: a side of the image is under :data:`~f2pad_jax.images.pixels.MIN_SIDE`.
         OptionError: no map is given for a detector that was fitted without maps of its own.
     """
+    if min(image.shape[:2]) < MIN_SIDE:
+        raise ImageError(f"an image of {image.shape[1]}x{image.shape[0]} pixels; the smallest side allowed is {MIN_SIDE}")
     if given is None and detector.calibrated.maps != "own":
         raise OptionError("this detector has no maps of its own; give the coarse map or coarse mask of each image")
     x = normalise(resized(image, detector.size))

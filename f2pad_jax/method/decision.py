@@ -210,7 +210,7 @@ def remaining_scores(evidence: Evidence, masks: Bool[Array, "k h w"]) -> tuple[F
     def scores_above_1(image: Float[Array, "h w 3"]) -> tuple[Float[Array, ""], Float[Array, "_h _w"]]:
         h, w, _ = jax.eval_shape(problem.view, image).shape
         above, total = problem.excess(image)
-        return total, sum((coarse_map(s, (h, w)) for s in above), jnp.zeros((h, w)))
+        return total, sum((coarse_map(s, (h, w)) for s in above), jnp.zeros((h, w), jnp.float32))
 
     images = jnp.concatenate([problem.x[None], jnp.where(masks[..., None], n, problem.x)])
     total, local = (values[1:] / jnp.maximum(values[0], 1e-6) for values in jax.vmap(scores_above_1)(images))

@@ -1,6 +1,7 @@
 """Constants of the method: the paper's value beside ours, and the reason where they differ."""
 
 import dataclasses
+import math
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import wadler_lindig
 from jaxtyping import Array, Int
 
 from f2pad_jax.detectors.base import AbstractDetector
+from f2pad_jax.errors import OptionError
 from f2pad_jax.images.pixels import Scalar
 from f2pad_jax.method.decision import AbstractDecision, Mixture, Residual
 from f2pad_jax.objective.penalties import AbstractPenalty, Log
@@ -66,6 +68,18 @@ class Settings(eqx.Module):
     decision: AbstractDecision = Mixture()
     """Rule that draws the mask. Paper: :class:`~f2pad_jax.method.Residual`."""
 
+    def __check_init__(self):
+        """Refuses numbers that no program can use.
+
+        Raises:
+            OptionError: a number is out of its range.
+        """
+        ranges = {"steps_per_check": (1, math.inf), "false_alarms": (0, 1), "hysteresis": (-math.inf, math.inf)}
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), ranges.get(field.name, (0, math.inf))
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise OptionError(f"{field.name}={value:g}: must be between {low:g} and {high:g}")
+
     def adapted(self, detector: AbstractDetector) -> "Settings":
         """Returns the settings in force for a detector.
 
@@ -77,8 +91,9 @@ class Settings(eqx.Module):
         return dataclasses.replace(self, alpha1=factors.alpha1 * self.alpha1, sparsity=sparsity)
 
     def traced(self) -> "Settings":
-        """Returns the settings with arrays in place of numbers, so that other values compile no new program."""
-        return jax.tree.map(jnp.asarray, self)
+        """Returns the settings with arrays of 32 bits in place of numbers, so that other values compile no new program."""
+        types = {float: jnp.float32, int: jnp.int32}  # JAX may be set to 64 bits
+        return jax.tree.map(lambda value: jnp.asarray(value, types.get(type(value))), self)
 
     def described(self) -> str:
         """Returns every constant with its value, in one line, to be kept with results."""

@@ -111,7 +111,7 @@ class Problem(eqx.Module):
     def excess(self, image: Float[Array, "h w 3"]) -> tuple[tuple[Float[Array, "_h_k _w_k"], ...], Float[Array, ""]]:
         """Returns the excess of each score over 1, the ordinary level, and the sum over the affected positions."""
         above = tuple(jnp.maximum(s - 1, 0) for s in self.scores(image))
-        return above, sum((jnp.sum(a * s) for a, s in zip(self.affected, above, strict=True)), jnp.zeros(()))
+        return above, sum((jnp.sum(a * s) for a, s in zip(self.affected, above, strict=True)), jnp.float32(0))
 
     def terms(self, n: Float[Array, "h w 3"]) -> Terms:
         """Returns the four terms at n."""
@@ -167,7 +167,7 @@ def feature_loss(
     """Returns l_n(n): the sum of the affected positions' scores (Section III-B), in units of the mean normal score."""
     return sum(
         (jnp.sum(weight * score) for weight, score in zip(affected, detector.scores(n, context), strict=True)),
-        jnp.zeros(()),
+        jnp.float32(0),
     )
 
 
@@ -199,7 +199,7 @@ def affected_positions(region: Bool[Array, "h w"], shape: tuple[int, int], reach
     Source: paper, Section III-E2. ``reach`` stands for the effective receptive field, far smaller than the theoretical one.
     """
     if reach is None:
-        return jnp.ones(shape)
+        return jnp.ones(shape, jnp.float32)
     near = dilate(region, reach)
     (h, w), (hk, wk) = region.shape, shape
     cells = near.reshape(hk, h // hk, wk, w // wk)

@@ -34,7 +34,8 @@ _MESSAGES = {
     Outcome.CONVERGED: "converged",
     Outcome.STEP_LIMIT: "stopped at the step limit; the mask is usable, more steps may sharpen it",
     Outcome.NOTHING_TO_REFINE: "the score of the image is at most 1: the image is good, the mask empty",
-    Outcome.NON_FINITE: "the objective became non-finite; the last finite state was kept (lower the learning rate)",
+    Outcome.NON_FINITE: "the objective became non-finite, and the last finite state was kept (lower the learning rate); or "
+    "the image has values outside 0..1",
     Outcome.COVERS_IMAGE: "the suspect region covers the image, or the mask covers more than half of it",
     Outcome.COARSE_MASK: "the solution leaves no anomaly in this defective image: the coarse mask stays",
 }

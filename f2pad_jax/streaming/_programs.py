@@ -186,8 +186,9 @@ def make_room() -> bool:
 
 
 def cores() -> int:
-    """Returns the number of CPU cores this process may use: ``NPROC``, as for XLA, or its affinity."""
-    if count := os.environ.get("NPROC", ""):
+    """Returns the number of CPU cores this process may use: ``NPROC``, as for XLA, if it is a number, or its affinity."""
+    count = os.environ.get("NPROC", "")
+    if count.isdecimal():
         return max(int(count), 1)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

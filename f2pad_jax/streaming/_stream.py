@@ -3,9 +3,9 @@
 import abc
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from f2pad_jax.errors import F2padError
 
@@ -13,6 +13,12 @@ PATIENCE_S = 0.05
 """Seconds that a worker with work left waits for another image."""
 DONE = -1
 """Number that a worker sends at its end, in place of an image's number."""
+
+
+class _End(NamedTuple):
+    """Failure of the source of images, in place of a result."""
+
+    error: BaseException
 
 
 class Worker(abc.ABC):
@@ -39,7 +45,7 @@ def stream(
     read: Callable[[Any], Any],
     most_ahead: int,
     one_at_a_time: bool,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields the result of every item of ``source``, in its order, each as soon as it and all before it are done.
 
     Args:
@@ -49,8 +55,10 @@ def stream(
         most_ahead: largest number of images taken in before the first of them is handed out.
         one_at_a_time: whether a worker takes another image only when it has no work left.
 
+    Yields:
+        The result of each item; an F2padError if ``read`` or a worker refused the image. The others go on.
+
     Raises:
-        F2padError: ``read`` or a worker refused an image; raised after the results of the images before this image.
         BaseException: ``source`` failed, raised after all results before; or a worker failed, raised at once.
     """
     may_take, may_pull = threading.Semaphore(most_ahead), threading.Semaphore(2 * len(workers) - 1)
@@ -69,7 +77,7 @@ def stream(
                 if stopped.is_set():
                     break
         except BaseException as error:  # raised after the results before it
-            results.put((number, error))
+            results.put((number, _End(error)))
         images.put(None)
 
     def next_image(wait: bool) -> tuple[int, Future] | None:
@@ -124,8 +132,8 @@ def stream(
             while serving or waiting:
                 while number in waiting:
                     result = waiting.pop(number)
-                    if isinstance(result, BaseException):
-                        raise result
+                    if isinstance(result, _End):
+                        raise result.error
                     yield result
                     number += 1
                     may_take.release()
