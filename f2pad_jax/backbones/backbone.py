@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from f2pad_jax import _storage as storage
 from f2pad_jax._cache import keep_programs
+from f2pad_jax.backbones import _dino as dino
 from f2pad_jax.backbones import _efficientnet as efficientnet
 from f2pad_jax.backbones import _mae as mae
 from f2pad_jax.backbones import _resnet as resnet
@@ -21,7 +22,7 @@ from f2pad_jax.backbones._layers import Conv
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import CheckpointError, DepthError
 
-BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS}
+BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS, **dino.NETWORKS}
 """Networks of detectors, by name."""
 NETWORKS: dict[str, Network] = {**BACKBONES, **mae.NETWORKS}
 """All networks by name, masked autoencoders included."""
