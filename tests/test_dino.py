@@ -14,6 +14,10 @@ from f2pad_jax.backbones import _weight_files as weight_files
 from f2pad_jax.backbones._conversion import convert, parameter_shapes
 from f2pad_jax.backbones._vit import resized_positions, rotated
 from f2pad_jax.backbones.backbone import NETWORKS
+from f2pad_jax.data import load_texture
+from f2pad_jax.detectors import PatchCore
+from f2pad_jax.detectors.base import NormalImages
+from f2pad_jax.detectors.resolution import detector_size
 from f2pad_jax.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -228,3 +232,22 @@ def test_sides_are_multiples_of_the_patch(name, tmp_path):
     assert backbone.stride == patch and not backbone.local
     with pytest.raises(ValueError, match=f"multiples of {patch}"):
         jax.eval_shape(lambda x: backbone(x), jnp.zeros((patch, patch + 2, 3)))
+
+
+def test_patchcore_scores_the_patches(tmp_path):
+    name = "dinov2-tiny-registers"
+    path = parity.save(parity.reference(name).module, tmp_path / "weights.safetensors")
+    brick = load_texture("brick", size=100, num_train=2, num_test=1)
+    size = detector_size((100, 100), 14)
+    assert size == (98, 98)
+    images = NormalImages(brick.train, size)
+    detector = PatchCore.fit(images, load_backbone(name, weights=path), coreset_ratio=1.0)
+    assert detector.memory_bank.shape == (2 * 7 * 7, 3 * 64) and not detector.local
+
+    @jax.jit
+    def scores(detector, image):
+        return detector.raw_scores(image, detector.locate(image, np.zeros(2, int)))[0]
+
+    found = scores(detector, NormalImages([brick.test[0].image], size)[0])
+    assert found.shape == (7, 7)
+    assert scores(detector, images[0]).max() < 1e-4 * found.min()

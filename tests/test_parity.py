@@ -35,6 +35,13 @@ SIZES = ((224, 224), (96, 160))
 RTOL = 1e-4  # of a map's, or the gradient's, largest magnitude
 RTOL_FLOAT64 = 1e-8
 
+
+def sizes(name: str) -> list[tuple[int, int]]:
+    """:data:`SIZES`, rounded down to multiples of the network's stride."""
+    stride = max(NETWORKS[name].strides.values())
+    return [(h // stride * stride, w // stride * stride) for h, w in SIZES]
+
+
 State = dict[str, "torch.Tensor"]
 
 

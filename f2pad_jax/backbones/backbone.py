@@ -129,11 +129,11 @@ def in_tiles(
 
 
 def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: str | Path | None = None) -> Backbone:
-    """Loads a network with its ImageNet weights, built up to its deepest tapped layer.
+    """Loads a network with its pretrained weights, built up to its deepest tapped layer.
 
     Args:
-        name: one of :data:`BACKBONES`, such as ``resnet18``, ``wide-resnet50-2``, ``efficientnet-b6``, ``vit-tiny``; or
-            timm's spelling (``wide_resnet50_2``, ``tf_efficientnet_b6``).
+        name: one of :data:`BACKBONES`, such as ``resnet18``, ``wide-resnet50-2``, ``efficientnet-b6``, ``dinov2-small``;
+            or timm's spelling (``wide_resnet50_2``, ``tf_efficientnet_b6``).
         layers: names of the layers to tap (default: three layers of the network); ``logits`` are the class scores.
         weights: weight file (``.safetensors``, ``.pth`` or ``.bin``), original or converted (default: installed weights).
 
