@@ -7,8 +7,8 @@ The functions come from ``tests/test_parity.py``, which CI runs for a few of the
 errors. The first is the largest error of any map, relative to the map's peak, in float32. The second is the error of the
 gradient, with respect to the image, of a random linear functional of all maps. Where the activation is ReLU or ReLU6, the
 float64 gradient decides: in float32 some unit crosses a kink, in PyTorch as well as here. Images have 224x224 and 96x160
-pixels; of the masked autoencoders' images three quarters of the patches are removed. By default all networks are compared,
-one after another. The exit status is 1 if an error exceeds the tolerance of the tests.
+pixels (84x154 for DINOv2's patches of 14); of the masked autoencoders' images three quarters of the patches are removed. By
+default all networks are compared, one after another. The exit status is 1 if an error exceeds the tolerance of the tests.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def backbone_errors(name: str, folder: Path) -> dict[str, float]:
     made = parity.reference(name)
     path = parity.save(made.module, folder / f"{name}.safetensors")
     dtypes = (np.float32, np.float64) if parity.kinked(name) else (np.float32,)
-    expected = [parity.expect(made, parity.random_image(size, dtype)) for size in parity.SIZES for dtype in dtypes]
+    expected = [parity.expect(made, parity.random_image(size, dtype)) for size in parity.sizes(name) for dtype in dtypes]
     del made  # the next network needs its memory
     gc.collect()
     loaded = parity.load(name, path, tuple(NETWORKS[name].strides))

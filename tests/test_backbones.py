@@ -108,6 +108,7 @@ def test_pictures_are_recognised(taps, image, label):
         ("wide_resnet50_2", "wide-resnet50-2"),
         ("resnet18", "resnet18"),
         ("vit_tiny", "vit-tiny"),
+        ("dinov2_small_registers", "dinov2-small-registers"),
         ("mae_large", "mae-large"),
     ],
 )
@@ -121,7 +122,7 @@ def test_the_name_of_a_backbone_is_ours():
 
 
 def test_an_autoencoder_is_no_backbone():
-    with pytest.raises(CheckpointError, match=r"unknown backbone 'mae-base'; known: resnet18, .*vit-base$"):
+    with pytest.raises(CheckpointError, match=r"unknown backbone 'mae-base'; known: resnet18, .*vit-base, .*dinov3-large$"):
         load_backbone("mae_base")
     with pytest.raises(CheckpointError, match=r"unknown masked autoencoder 'vit-base'; known: mae-base"):
         load_autoencoder("vit_base")
@@ -188,6 +189,18 @@ def test_maps_have_one_position_per_stride(name, strides, channels, size):
     ]
 
 
+@pytest.mark.parametrize(("name", "patch"), [("dinov2-small", 14), ("dinov2-base-registers", 14), ("dinov3-large", 16)])
+def test_every_block_of_dino_gives_a_map_of_patches(name, patch):
+    depth, width = {"small": (12, 384), "base": (12, 768), "large": (24, 1024)}[name.split("-")[1]]
+    layers = tuple(f"block{i + 1}" for i in range(depth))
+    assert tuple(NETWORKS[name].strides) == layers
+    backbone = without_weights(name)
+    assert backbone.layers == (layers[depth // 3 - 1], layers[2 * depth // 3 - 1], layers[-1])
+    assert backbone.stride == patch and not backbone.local
+    backbone = without_weights(name, layers)
+    assert shapes_of_maps(backbone, (3 * patch, 5 * patch)) == [(3, 5, width)] * depth
+
+
 @pytest.mark.parametrize("size", [(100, 96), (96, 100), (8, 16)])
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-b0", "resnet18", "vit-tiny"])
 def test_sides_that_are_no_multiples_of_the_stride_are_refused(name, size):
@@ -202,6 +215,7 @@ def test_sides_that_are_no_multiples_of_the_stride_are_refused(name, size):
         ("efficientnet-b0", "stage3.project", ("stages.3.", "head.", "classifier.")),
         ("efficientnet-lite0", "stage7", ("head.", "classifier.")),
         ("vit-tiny", "block4", ("blocks.4.", "blocks.11.", "norm.", "head.")),
+        ("dinov3-large", "block8", ("blocks.8.", "blocks.23.")),
     ],
 )
 def test_a_network_is_built_as_deep_as_its_deepest_layer(name, layer, absent):

@@ -21,6 +21,7 @@ import skimage.data
 from flax import nnx
 
 from f2pad_jax.backbones import BACKBONES, Backbone, load_backbone
+from f2pad_jax.backbones import _dino as dinos
 from f2pad_jax.backbones import _mae as mae
 from f2pad_jax.backbones._conversion import convert, parameter_shapes
 from f2pad_jax.backbones.backbone import NETWORKS
@@ -33,6 +34,13 @@ torch.set_num_threads(1)  # on a busy machine threads wait for each other: minut
 SIZES = ((224, 224), (96, 160))
 RTOL = 1e-4  # of a map's, or the gradient's, largest magnitude
 RTOL_FLOAT64 = 1e-8
+
+
+def sizes(name: str) -> list[tuple[int, int]]:
+    """:data:`SIZES`, rounded down to multiples of the network's stride."""
+    stride = max(NETWORKS[name].strides.values())
+    return [(h // stride * stride, w // stride * stride) for h, w in SIZES]
+
 
 State = dict[str, "torch.Tensor"]
 
@@ -51,7 +59,9 @@ class Reference(NamedTuple):
 def reference(name: str) -> Reference:
     """A network of the registry, by others, with random weights."""
     torch.manual_seed(0)
-    family = {"resnet": resnet, "wide": resnet, "efficientnet": efficientnet, "vit": vit}[re.match("[a-z]+", name)[0]]
+    family = {"resnet": resnet, "wide": resnet, "efficientnet": efficientnet, "vit": vit, "dinov": dino}[
+        re.match("[a-z]+", name)[0]
+    ]
     made = family(name)
     randomise(made.module)
     return made
@@ -60,9 +70,11 @@ def reference(name: str) -> Reference:
 def randomise(module: "torch.nn.Module") -> None:
     """Random weights and batch-norm statistics, with activations and attention of an order that tests them."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim == 3:  # tokens, positions
             parameter.data.normal_(0, 0.3, generator=generator)
+        elif name.endswith("lambda1"):  # LayerScale
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
         elif parameter.ndim > 1:
             parameter.data.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         else:
@@ -138,6 +150,38 @@ def vit(name: str) -> Reference:
         logits = module(image, interpolate_pos_encoding=True).logits
         grid = [side // 16 for side in image.shape[2:]]
         return {"logits": logits, **{name: x[:, 1:].transpose(1, 2).unflatten(2, grid) for name, x in blocks.items()}}
+
+    return Reference(module, maps)
+
+
+DINOS = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "tiny": (64, 3, 2)}
+"""Width, depth, heads; the tiny ones are made for the tests."""
+
+
+def dino(name: str) -> Reference:
+    """transformers' DINOv2, DINOv2 with registers or DINOv3."""
+    transformers = pytest.importorskip("transformers")
+    family, size, *registers = name.split("-")
+    width, depth, heads = DINOS[size]
+    shape = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    if family == "dinov3":
+        config = transformers.DINOv3ViTConfig(**shape, intermediate_size=4 * width, num_register_tokens=4)
+        module = transformers.DINOv3ViTModel(config)
+    elif registers:
+        config = transformers.Dinov2WithRegistersConfig(
+            **shape, patch_size=14, image_size=14 * dinos.GRID, num_register_tokens=4
+        )
+        module = transformers.Dinov2WithRegistersModel(config)
+    else:
+        module = transformers.Dinov2Model(transformers.Dinov2Config(**shape, image_size=14 * dinos.GRID))
+    module.eval().requires_grad_(False)
+    layers = module.model.layer if family == "dinov3" else module.encoder.layer
+    blocks = tapped({f"block{i + 1}": block for i, block in enumerate(layers)})
+
+    def maps(image):
+        module(image)
+        h, w = (side // module.config.patch_size for side in image.shape[2:])
+        return {name: x[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)) for name, x in blocks.items()}
 
     return Reference(module, maps)
 
@@ -393,14 +437,18 @@ def transformers_names(state: State) -> State:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_network_has_the_references_parameters(name):
     with torch.device("meta"):
-        module = {"r": resnet, "w": resnet, "e": efficientnet, "v": vit}[name[0]](name).module
+        module = {"r": resnet, "w": resnet, "e": efficientnet, "v": vit, "d": dino}[name[0]](name).module
     layers = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     shapes = parameter_shapes(BACKBONES[name])
     # a norm folded leaves its shift
     count = sum(p.numel() for p in module.parameters()) - sum(norm.num_features for norm in norms)
+    if name.startswith("dino"):  # dropped or folded; then a position of the class token, or the biases of keys
+        dropped = re.compile(r"layer_scale|mask_token|^(layer)?norm\.")
+        count -= sum(p.numel() for path, p in module.named_parameters() if dropped.search(path))
+        count += -module.config.hidden_size if "v2" in name else len(module.model.layer) * module.config.hidden_size
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
-    if not name.startswith("vit"):  # its queries, keys and values are one kernel
+    if not name.startswith(("vit", "dino")):  # its queries, keys and values are one kernel
         kernels = [int(np.prod(shape)) for path, shape in shapes.items() if path.endswith(".kernel")]
         assert sorted(kernels) == sorted(layer.weight.numel() for layer in layers)
 

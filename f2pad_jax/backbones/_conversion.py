@@ -39,6 +39,7 @@ def convert(network: Network, tensors: Mapping[str, np.ndarray]) -> dict[str, np
             raise CheckpointError(f"tensors '{file_names[canonical]}' and '{name}' are one tensor under two names")
         file_names[canonical] = name
     values = {name: _float32(original, tensors[original]) for name, original in file_names.items()}
+    network.amend(values)
     _merge_attention(values, file_names)
     _fold_norms(values, file_names, network.batch_norm_eps)
     modules: dict[tuple, Any] = dict(nnx.iter_modules(nnx.eval_shape(lambda: network.build(deepest(network)))))
@@ -53,7 +54,7 @@ def convert(network: Network, tensors: Mapping[str, np.ndarray]) -> dict[str, np
         ours = f"{path}.{parameter}" if path else name
         if value.ndim == 3 and value.shape[0] == 1 and not path:  # batch axis of a token or of positions
             value = value[0]
-        out[ours], originals[ours] = np.ascontiguousarray(value), file_names[name]
+        out[ours], originals[ours] = np.ascontiguousarray(value), file_names.get(name, name)
     return _checked(network, out, shapes, originals)
 
 

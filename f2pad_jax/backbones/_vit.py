@@ -1,4 +1,6 @@
-"""Vision Transformer (Dosovitskiy et al. 2020), patch 16, in timm's form: pre-norm, exact GELU, LayerNorm eps 1e-6."""
+"""Vision Transformer (Dosovitskiy et al. 2020), patch 16, in timm's form: pre-norm, exact GELU."""
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,16 @@ GRID = 14
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation of each token to mean 0 and variance 1 (eps 1e-6), then scale and shift."""
+    """Normalisation of each token to mean 0 and variance 1, then scale and shift."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, eps: float = 1e-6):
+        self.eps = eps
         self.scale = nnx.Param(jnp.zeros(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "*t c"]) -> Float[Array, "*t c"]:
         """Returns the normalised tokens."""
-        return jax.nn.standardize(x, axis=-1, epsilon=1e-6) * self.scale[...] + self.bias[...]
+        return jax.nn.standardize(x, axis=-1, epsilon=self.eps) * self.scale[...] + self.bias[...]
 
 
 class Attention(nnx.Module):
@@ -33,24 +36,46 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.qkv, self.proj = Pointwise(width, 3 * width), Pointwise(width, width)
 
-    def __call__(self, x: Float[Array, "t c"], visible: Bool[Array, " t"] | None = None) -> Float[Array, "t c"]:
-        """Returns each token as a mixture of the ``visible`` tokens (default: all tokens)."""
+    def __call__(
+        self,
+        x: Float[Array, "t c"],
+        visible: Bool[Array, " t"] | None = None,
+        angles: Float[Array, "t _half"] | None = None,
+    ) -> Float[Array, "t c"]:
+        """Returns each token as a mixture of the ``visible`` tokens (default: all tokens).
+
+        With ``angles``, queries and keys are :func:`rotated`.
+        """
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(len(x), 3, self.num_heads, -1), 1, 0)
+        if angles is not None:
+            q, k = rotated(q, angles), rotated(k, angles)
         mask = None if visible is None else jnp.broadcast_to(visible, (1, len(x), len(x)))
         return self.proj(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
+
+
+def rotated(x: Float[Array, "t n d"], angles: Float[Array, "t _half"]) -> Float[Array, "t n d"]:
+    """Rotates the pair of channels (i, i + d/2) of every head by the token's i-th angle: RoPE of Su et al. (2021)."""
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Block(nnx.Module):
     """Transformer block: attention and a two-layer network, each with pre-norm and a shortcut."""
 
-    def __init__(self, width: int, num_heads: int):
-        self.norm1, self.attn = LayerNorm(width), Attention(width, num_heads)
-        self.norm2 = LayerNorm(width)
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6):
+        self.norm1, self.attn = LayerNorm(width, eps), Attention(width, num_heads)
+        self.norm2 = LayerNorm(width, eps)
         self.fc1, self.fc2 = Pointwise(width, 4 * width), Pointwise(4 * width, width)
 
-    def __call__(self, x: Float[Array, "t c"], visible: Bool[Array, " t"] | None = None) -> Float[Array, "t c"]:
-        """Returns the transformed tokens."""
-        x = x + self.attn(self.norm1(x), visible)
+    def __call__(
+        self,
+        x: Float[Array, "t c"],
+        visible: Bool[Array, " t"] | None = None,
+        angles: Float[Array, "t _half"] | None = None,
+    ) -> Float[Array, "t c"]:
+        """Returns the transformed tokens; ``visible`` and ``angles`` are passed to :class:`Attention`."""
+        x = x + self.attn(self.norm1(x), visible, angles)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
 
 
@@ -102,22 +127,41 @@ class ViT(nnx.Module):
         tokens = jnp.concatenate(
             [self.cls_token[...] + positions[:1], self.patch_embed(x) + resized_positions(positions[1:], (h, w))]
         )
-        maps = {}
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            maps[f"block{i + 1}"] = tokens[1:].reshape(h, w, -1)
+        tokens, maps = through_blocks(self.blocks, tokens, (h, w))
         if self.norm is not None and self.head is not None:
             maps["logits"] = self.head(self.norm(tokens[:1]))[None]
         return maps
 
 
-def resized_positions(positions: Float[Array, "t c"], size: tuple[int, int]) -> Float[Array, "t2 c"]:
-    """Resizes position embeddings from their square training grid to another grid: bicubic, as in PyTorch."""
+def through_blocks(
+    blocks: Iterable[Block],
+    tokens: Float[Array, "t c"],
+    size: tuple[int, int],
+    angles: Float[Array, "t _half"] | None = None,
+) -> tuple[Float[Array, "t c"], dict[str, Float[Array, "h w c"]]]:
+    """Returns the tokens after the last block, and ``blockN``: patch tokens (last in ``tokens``) after the N-th block."""
+    h, w = size
+    maps = {}
+    for i, block in enumerate(blocks):
+        tokens = block(tokens, angles=angles)
+        maps[f"block{i + 1}"] = tokens[-h * w :].reshape(h, w, -1)
+    return tokens, maps
+
+
+def resized_positions(
+    positions: Float[Array, "t c"], size: tuple[int, int], *, antialias: bool = False
+) -> Float[Array, "t2 c"]:
+    """Resizes position embeddings from their square training grid to another grid: bicubic, as in PyTorch.
+
+    PyTorch has two bicubic kernels: a = -0.75 without ``antialias``, and a = -0.5 with ``antialias``.
+    """
     side = round(len(positions) ** 0.5)
     if size == (side, side):
         return positions
-    rows, columns = (jnp.asarray(_bicubic(side, out), positions.dtype) for out in size)
     grid = positions.reshape(side, side, -1)
+    if antialias:
+        return jax.image.resize(grid, (*size, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1])
+    rows, columns = (jnp.asarray(_bicubic(side, out), positions.dtype) for out in size)
     return jnp.einsum("ai,bj,ijc->abc", rows, columns, grid).reshape(-1, positions.shape[-1])
 
 
@@ -142,10 +186,10 @@ def hugging_face_block(theirs: str, ours: str) -> Rules:
         r"attention\.(?:attention\.)?k(?:ey|_proj)\.": "attn.k.",
         r"attention\.(?:attention\.)?v(?:alue|_proj)\.": "attn.v.",
         r"attention\.(?:output\.dense|o_proj)\.": "attn.proj.",
-        r"(?:intermediate\.dense|mlp\.fc1)\.": "fc1.",
-        r"(?:output\.dense|mlp\.fc2)\.": "fc2.",
-        r"layernorm_before\.": "norm1.",
-        r"layernorm_after\.": "norm2.",
+        r"(?:intermediate\.dense|mlp\.fc1|mlp\.up_proj)\.": "fc1.",
+        r"(?:output\.dense|mlp\.fc2|mlp\.down_proj)\.": "fc2.",
+        r"(?:layernorm_before|norm1)\.": "norm1.",
+        r"(?:layernorm_after|norm2)\.": "norm2.",
     }
     return tuple((block + part, rf"{ours}.\1.{name}") for part, name in parts.items())
 

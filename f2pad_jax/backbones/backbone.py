@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from f2pad_jax import _storage as storage
 from f2pad_jax._cache import keep_programs
+from f2pad_jax.backbones import _dino as dino
 from f2pad_jax.backbones import _efficientnet as efficientnet
 from f2pad_jax.backbones import _mae as mae
 from f2pad_jax.backbones import _resnet as resnet
@@ -21,7 +22,7 @@ from f2pad_jax.backbones._layers import Conv
 from f2pad_jax.backbones.network import Network
 from f2pad_jax.errors import CheckpointError, DepthError
 
-BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS}
+BACKBONES: dict[str, Network] = {**resnet.NETWORKS, **efficientnet.NETWORKS, **vit.NETWORKS, **dino.NETWORKS}
 """Networks of detectors, by name."""
 NETWORKS: dict[str, Network] = {**BACKBONES, **mae.NETWORKS}
 """All networks by name, masked autoencoders included."""
@@ -128,11 +129,11 @@ def in_tiles(
 
 
 def load_backbone(name: str, *, layers: tuple[str, ...] | None = None, weights: str | Path | None = None) -> Backbone:
-    """Loads a network with its ImageNet weights, built up to its deepest tapped layer.
+    """Loads a network with its pretrained weights, built up to its deepest tapped layer.
 
     Args:
-        name: one of :data:`BACKBONES`, such as ``resnet18``, ``wide-resnet50-2``, ``efficientnet-b6``, ``vit-tiny``; or
-            timm's spelling (``wide_resnet50_2``, ``tf_efficientnet_b6``).
+        name: one of :data:`BACKBONES`, such as ``resnet18``, ``wide-resnet50-2``, ``efficientnet-b6``, ``dinov2-small``;
+            or timm's spelling (``wide_resnet50_2``, ``tf_efficientnet_b6``).
         layers: names of the layers to tap (default: three layers of the network); ``logits`` are the class scores.
         weights: weight file (``.safetensors``, ``.pth`` or ``.bin``), original or converted (default: installed weights).
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 from flax import nnx
 
 Rules = tuple[tuple[str, str | Callable], ...]
@@ -30,5 +31,7 @@ class Network(NamedTuple):
     """Constant ε of the folded batch norms."""
     local: bool = True
     """Whether receptive fields are bounded, so that a window of an image has the image's features."""
+    amend: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None
+    """Function that brings a file's tensors, under their canonical names, to one form, in place."""
     missing_hint: str = ""
     """Advice appended to the message about a missing tensor."""

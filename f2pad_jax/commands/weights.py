@@ -44,7 +44,7 @@ def _list() -> None:
     found = list(list_weights())
     for entry in found:
         size = f"{entry.path.stat().st_size / 1e6:.0f} MB" if entry.path else "-"
-        print(f"{entry.name:18}  {size:>9}  {entry.source}  ({entry.licence})")
+        print(f"{entry.name:22}  {size:>9}  {entry.source}  ({entry.licence})")
     print(f"{sum(entry.path is not None for entry in found)} of {len(found)} installed in {cache_folder()}")
 
 
