@@ -181,12 +181,14 @@ def test_boxes_on_the_command_line(folders, texture, capsys, monkeypatch):
     names = [str(folders / "test" / f"{i}.png") for i in range(2)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names)))
     capsys.readouterr()
-    from_list = ["refine", model, "-", "--out", str(out), "--masks", str(folders / "masks"), "--json", "--fail-on-defect"]
-    assert main(from_list) == 1
+    listed = ["refine", model, "-", "--out", str(folders / "listed"), "--masks", str(folders / "masks")]
+    assert main([*listed, "--json", "--fail-on-defect"]) == 1
     assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == names
-    assert main([*refining, "--maps", str(folders / "masks")]) == 0  # a map of 0 and 255 has the levels of its image
+    maps = ["refine", model, str(folders / "test"), "--maps", str(folders / "masks")]
+    assert main([*maps, "--out", str(folders / "maps")]) == 0  # a map of 0 and 255 has the levels of its image
     (folders / "masks" / "1.png").rename(folders / "masks" / "2.png")
-    assert main([*refining, "--masks", str(folders / "masks")]) == 2 and "no file 1 with" in capsys.readouterr().err
+    assert main([*maps, "--out", str(folders / "more")]) == 3 and "no file 1 with" in capsys.readouterr().err
+    assert main([*maps, "--out", str(folders / "strict"), "--strict"]) == 2 and "no file 1 with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".tif", ".png"])

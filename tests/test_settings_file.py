@@ -57,7 +57,7 @@ def test_a_file_names_only_what_it_changes(tmp_path):
         ("penalty = 3", "penalty: 3 is not a table"),
         ("beta0 = true", "beta0: True is not a number or"),
         ("alpha1 = 1979-05-27", "alpha1"),
-        ("false_alarms = 5.0", "false_alarms: 5.0 is not above 0"),
+        ("false_alarms = 5.0", "false_alarms=5: must be above 0 and at most 1"),
         ('preset = ["x"]', "no preset"),
         ('[solver]\nclass = ["x"]', "no class"),
         ('[solver]\nclass = "Proximal"\nmomentum = [0.9]', "solver.momentum"),

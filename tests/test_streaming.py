@@ -244,6 +244,7 @@ def test_groups_are_begun_and_decided_together(blocks, monkeypatch):
 def test_the_same_programs_serve_every_lane(blocks, monkeypatch):
     """Which lane a part is in is no constant of a program."""
     monkeypatch.setattr(programs, "cores", lambda: 1)
+    monkeypatch.setattr(programs, "make_room", lambda: False)  # other tests' programs may fill the memory maps
     traced = []
 
     class Counted(MeanColour):

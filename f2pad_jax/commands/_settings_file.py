@@ -47,12 +47,9 @@ def read_settings(path: Path) -> Settings:
     try:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise OptionError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
-        settings = _changed(PRESETS[preset](), table)
-        if not 0 < settings.false_alarms <= 1:
-            raise OptionError(f"false_alarms: {settings.false_alarms} is not above 0 and at most 1")
+        return _changed(PRESETS[preset](), table)
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
-    return settings
 
 
 def as_toml(settings: Settings) -> str:

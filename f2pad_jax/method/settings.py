@@ -74,11 +74,13 @@ class Settings(eqx.Module):
         Raises:
             OptionError: a number is out of its range.
         """
-        ranges = {"steps_per_check": (1, math.inf), "false_alarms": (0, 1), "hysteresis": (-math.inf, math.inf)}
+        ranges = {"steps_per_check": (1, math.inf), "hysteresis": (-math.inf, math.inf)}
         for field in dataclasses.fields(self):
             value, (low, high) = getattr(self, field.name), ranges.get(field.name, (0, math.inf))
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise OptionError(f"{field.name}={value:g}: must be between {low:g} and {high:g}")
+        if isinstance(self.false_alarms, (int, float)) and not 0 < self.false_alarms <= 1:
+            raise OptionError(f"false_alarms={self.false_alarms:g}: must be above 0 and at most 1")
 
     def adapted(self, detector: AbstractDetector) -> "Settings":
         """Returns the settings in force for a detector.
