@@ -60,7 +60,8 @@ class Archive:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.write()
+        if self.planned:
+            self.write()
         self.lock.release()
 
     def _read(self) -> None:
@@ -79,9 +80,11 @@ class Archive:
                 break
         recipe = lines[0].get("recipe", {}) if lines else self.recipe
         differing = [key for key in {**recipe, **self.recipe} if key != "model" and recipe.get(key) != self.recipe.get(key)]
-        if differing:
+        if len(lines) < 2:  # no image was begun
+            lines = [{"recipe": self.recipe}]
+        elif differing:
             raise RunError(f"{self.out}: holds results of a run with another {', '.join(differing)}; choose another folder")
-        write_atomically(self.journal, "".join(json.dumps(line) + "\n" for line in lines or [{"recipe": recipe}]).encode())
+        write_atomically(self.journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
         for line in lines[1:]:
             self.planned |= line.get("planned", {})
             if "name" in line:
@@ -91,10 +94,10 @@ class Archive:
         with self.journal.open("a") as journal:
             journal.write(json.dumps(line) + "\n")
 
-    def wrote(self, path: Path | str) -> bool:
-        """Returns whether a run into this folder has written the file."""
-        path = location(path)
-        return any(path == location(self.out / f"{name}{ending}") for name in self.planned for ending in ENDINGS)
+    def files(self) -> set[str]:
+        """Returns the absolute paths of the files that runs into this folder have written for images."""
+        folder = location(self.out)
+        return {os.path.join(folder, f"{name}{ending}") for name in self.planned for ending in ENDINGS}
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         """Returns the images that are not done or have changed, and plans their files.

@@ -15,7 +15,7 @@ import jax
 
 from f2pad_jax._storage import file_sha256, write_atomically
 from f2pad_jax._version import __version__
-from f2pad_jax.commands._archive import Archive, Record
+from f2pad_jax.commands._archive import Archive, Record, location
 from f2pad_jax.commands._console import (
     COMPILING,
     add_false_alarms,
@@ -147,7 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
     make_folder(out)
     console = sys.stderr if arguments.json else sys.stdout
     with Archive(out, recipe) as archive:
-        found = [(path, relative) for path, relative in found if not archive.wrote(path)]
+        own = archive.files()
+        found = [(path, relative) for path, relative in found if location(path) not in own]
         tasks = [(path, name) for (path, _), name in zip(found, result_names(distinct(found)), strict=True)]
         if arguments.strict:
             check_images((path for path, _ in tasks), strict=True)
@@ -186,8 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
     for record in archive.unusable:
         print(f"f2pad: error: {record['error']}", file=sys.stderr)
     print(summary(results, out), file=console)
-    own = {name for _, name in tasks}
-    defective = any(r["verdict"] == "defective" for r in results["images"] if r["name"] in own)
+    asked = {name for _, name in tasks}
+    defective = any(r["verdict"] == "defective" for r in results["images"] if r["name"] in asked)
     if archive.unusable:
         return 3 if len(archive.unusable) < len(tasks) else 2
     return int(arguments.fail_on_defect and defective)
