@@ -14,6 +14,13 @@ from f2pad_jax.data import load_texture
 from f2pad_jax.detectors import AbstractDetector, Calibration, PatchCore, PixelPrior
 from f2pad_jax.images import MEAN, STD
 from f2pad_jax.method import _tiling as tiling
+from f2pad_jax.streaming import _programs as programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+    """Drops the programs of earlier files before they take most of the process's memory maps, without which XLA ends it."""
+    programs.make_room()
 
 
 @pytest.fixture(scope="session")

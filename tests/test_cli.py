@@ -500,6 +500,15 @@ def test_without_a_home_there_is_no_cache(tmp_path, monkeypatch, capsys):
     keep_programs()
 
 
+def test_a_device_that_is_not_there_is_named():
+    code = "from f2pad_jax.commands import main; raise SystemExit(main(['doctor']))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        assert done.stderr.splitlines()[-1].startswith("f2pad: error: JAX finds no device for JAX_PLATFORMS=cuda")
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_console_shows_what_it_can(encoding, tmp_path):
     code = "from f2pad_jax.commands import main; raise SystemExit(main(['refine', 'ä☃.model', 'x.png', '--out', 'out']))"

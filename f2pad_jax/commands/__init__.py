@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -46,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"f2pad: error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if "Unable to initialize backend" not in str(error):
+    except (RuntimeError, AssertionError) as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             raise
-        print(f"f2pad: error: {str(error).splitlines()[0]}; set JAX_PLATFORMS to a device of this machine", file=sys.stderr)
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        print(f"f2pad: error: JAX finds no device for JAX_PLATFORMS={asked}; unset it, or give another", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("f2pad: interrupted", file=sys.stderr)
