@@ -5,7 +5,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,15 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     """Adds the argument that ends the command at an image that can't be used."""
     text = "end before any work if an image can't be used (default: it is named, the others are done, the exit status is 3)"
     parser.add_argument("--strict", action="store_true", help=text)
+
+
+def exit_status(errors: Iterable[object]) -> int:
+    """Prints the errors of images that can't be used; returns the exit status, 3 if there is one, else 0."""
+    status = 0
+    for error in errors:
+        print(f"f2pad: error: {error}", file=sys.stderr)
+        status = 3
+    return status
 
 
 def add_white(parser: argparse.ArgumentParser) -> None:

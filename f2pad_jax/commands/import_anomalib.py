@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Imports and calibrates a detector and writes the model file; the exit status is 3 if an image can't be used."""
-    paths, errors, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
+    paths, status, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
     size = tuple(arguments.size) if arguments.size else None
     images = (read_image(path, white=white) for path in paths)
     with shown_progress() as progress:
@@ -56,4 +56,4 @@ def run(arguments: argparse.Namespace) -> int:
         f"'f2pad refine' needs --weights {arguments.checkpoint}"
     )
     print(described_verdict(detector, arguments.false_alarms))
-    return 3 if errors else 0
+    return status

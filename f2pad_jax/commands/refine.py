@@ -21,6 +21,7 @@ from f2pad_jax.commands._console import (
     add_false_alarms,
     add_strict,
     at_least,
+    exit_status,
     make_folder,
     positive,
     shown_progress,
@@ -161,8 +162,10 @@ def run(arguments: argparse.Namespace) -> int:
         if waiting:
             print(COMPILING, file=console)
         if arguments.json:
-            for _, name in sorted({*tasks} - {*waiting}):
-                print_json(archive.records[name])
+            unfinished = {*waiting}
+            for task in tasks:
+                if task not in unfinished:
+                    print_json(archive.records[task[1]])
         if arguments.ray is None:
             work = worker(detector, out, **options)
         else:
@@ -184,13 +187,12 @@ def run(arguments: argparse.Namespace) -> int:
     write_page(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
-    for record in archive.unusable:
-        print(f"f2pad: error: {record['error']}", file=sys.stderr)
+    status = exit_status(record["error"] for record in archive.unusable)
     print(summary(results, out), file=console)
     asked = {name for _, name in tasks}
     defective = any(r["verdict"] == "defective" for r in results["images"] if r["name"] in asked)
-    if archive.unusable:
-        return 3 if len(archive.unusable) < len(tasks) else 2
+    if status:
+        return status if len(archive.unusable) < len(tasks) else 2
     return int(arguments.fail_on_defect and defective)
 
 

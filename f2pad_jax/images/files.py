@@ -43,7 +43,7 @@ def read_image(path: str | Path, *, white: float | int | None = None) -> UInt8[n
     """
     values, stated = _decoded(path)
     white = white or stated or (65535.0 if values.dtype == np.uint16 else None)
-    values = _checked(path, values, white)
+    _check(path, values, white)
     if values.dtype != np.uint8 and white is not None:
         values = (values * (255 / white)).round().astype(np.uint8)
     return np.repeat(values[..., None], 3, axis=-1) if values.ndim == 2 else values
@@ -65,7 +65,7 @@ def check_images(
     for path in paths:
         try:
             values, stated = _decoded(path)
-            _checked(path, values, float("inf"))
+            _check(path, values, float("inf"))
             usable.append(path)
             levels += [stated or float(values.max())] if values.dtype != np.uint8 else []
         except ImageError as error:
@@ -75,10 +75,8 @@ def check_images(
     return usable, errors, min((white for white in WHITES if white >= max(levels)), default=None) if levels else None
 
 
-def _checked(
-    path: str | Path, values: Shaped[np.ndarray, "h w *c"], white: float | int | None
-) -> Shaped[np.ndarray, "h w *c"]:
-    """Returns the pixels of a file.
+def _check(path: str | Path, values: Shaped[np.ndarray, "h w *c"], white: float | int | None) -> None:
+    """Refuses the pixels of a file that are no image.
 
     Raises:
         ImageError: a side is under 16 pixels, or pixels with more than 8 bits do not lie between 0 and white.
@@ -88,7 +86,6 @@ def _checked(
     if values.dtype != np.uint8 and (white is None or not 0 <= values.min() <= values.max() <= white):
         found = f"{values.dtype} pixels of {values.min():g} to {values.max():g}"
         raise ImageError(f"{path}: {found}; white is {white or 'unknown'}: state another value")
-    return values
 
 
 def _decoded(path: str | Path) -> tuple[Shaped[np.ndarray, "h w *c"], float | None]:
