@@ -26,7 +26,7 @@ ORDER = (
     ("method",),
     ("streaming",),
     ("refinement", "regions"),
-    ("tuning",),
+    ("batches", "tuning"),
     ("evaluation",),
     ("commands",),
 )

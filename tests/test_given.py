@@ -3,15 +3,17 @@
 import dataclasses
 import io
 import json
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import scipy.ndimage
 from conftest import SIZE
 
-from f2pad_jax import Outcome, fit, history, load_detector, refine, refine_many, save_detector
+from f2pad_jax import Outcome, fit, history, load_detector, refine, refine_batches, refine_many, save_detector
 from f2pad_jax.commands import main
 from f2pad_jax.detectors import PatchCore
 from f2pad_jax.detectors.calibration import with_calibration
@@ -215,3 +217,54 @@ def test_bad_maps_are_refused(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ImageError):
         read_map(path)
+
+
+@dataclasses.dataclass
+class Predicted:
+    """Batch with the fields of anomalib's ``ImageBatch``."""
+
+    image_path: list[str] | None
+    anomaly_map: Any
+    pred_label: Any
+    pred_score: Any = None
+    pred_mask: Any = None
+
+    def update(self, in_place=True, **changes):
+        assert not in_place
+        return dataclasses.replace(self, **changes)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_batches_of_anomalib_come_back_with_masks(featured, texture, tmp_path, library):
+    """... a batch at a time, of the library's own arrays; what the model calls good stays good."""
+    array = np.asarray if library == "numpy" else pytest.importorskip("torch").tensor
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for path, test in zip(paths, texture.test, strict=True):
+        PIL.Image.fromarray(test.image).save(path)
+    heat = np.stack([scipy.ndimage.gaussian_filter(t.mask.astype(np.float32), 3)[::2, ::2] for t in texture.test])
+    batches = [
+        Predicted(paths[:2], array(heat[:2, None]), array([True, False]), array([0.9, 0.1])),
+        Predicted(paths[2:], array(heat[2:, None]), array([True]), array([0.8])),
+    ]
+    taken = []
+    refined = list(refine_batches(featured, (taken.append(batch) or batch for batch in batches)))
+    assert taken == batches and [len(results) for _, results in refined] == [2, 1]
+    for (batch, results), given in zip(refined, batches, strict=True):
+        assert type(batch.pred_mask) is type(given.anomaly_map) and batch.pred_mask.shape == (len(results), 48, 48)
+        assert batch.pred_score is given.pred_score and batch.pred_label is given.pred_label
+        np.testing.assert_array_equal(np.asarray(batch.pred_mask), np.asarray(batch.anomaly_map) > 0.5)
+    (first, good), (last,) = (results for _, results in refined)
+    assert not good.defective and not good.mask.any() and not np.asarray(refined[0][0].pred_mask[1]).any()
+    for result, test in ((first, texture.test[0]), (last, texture.test[2])):
+        assert iou(result.mask, test.mask) > iou(result.coarse_mask, test.mask) and result.mask.shape == test.mask.shape
+    with pytest.raises(OptionError, match="no image_path"):
+        next(refine_batches(featured, [Predicted(None, heat, None)]))
+
+
+def test_levels_of_normal_maps_give_batches_a_verdict(featured, texture, tmp_path):
+    PIL.Image.fromarray(texture.test[0].image).save(tmp_path / "0.png")
+    levels = dataclasses.replace(featured.calibrated, maps="given", ordinary=jnp.float32(0), threshold=jnp.float32(0.5))
+    heat = texture.test[0].mask.astype(np.float32)[None]
+    batch = Predicted([str(tmp_path / "0.png")], heat, np.array([False]), np.array([0.1]))
+    ((found, (result,)),) = refine_batches(with_calibration(featured, levels), [batch])
+    assert found.pred_label.tolist() == [True] and found.pred_score[0] == np.float32(result.score) and result.mask.any()

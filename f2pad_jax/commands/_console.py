@@ -47,6 +47,12 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the weight files of a model."""
+    text = "weight file of the model's network (default: the installed one); once for each network of a composed model"
+    parser.add_argument("--weights", type=Path, action="append", metavar="FILE", help=text)
+
+
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the size that images are resized to."""
     group = parser.add_mutually_exclusive_group()

@@ -22,7 +22,7 @@ BATCH_SIZE = 16
 class Refiner:
     """A worker. It loads the detector once, and compiles each program once."""
 
-    def __init__(self, model: Path, weights: Path | None, out: Path, options: dict[str, Any]):
+    def __init__(self, model: Path, weights: list[Path] | None, out: Path, options: dict[str, Any]):
         self.work = worker(load_detector(model, weights=weights), out, **options)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ class Refiner:
 
 def ray_workers(
     model: Path,
-    weights: Path | None,
+    weights: list[Path] | None,
     out: Path,
     *,
     num_workers: int,
@@ -47,7 +47,7 @@ def ray_workers(
 
     Args:
         model: model file.
-        weights: weight file of the model's network; default: the installed one of each machine.
+        weights: weight file of each network of the model; default: the installed ones of each machine.
         out: folder for the results.
         num_workers: number of workers.
         options: options of :func:`~f2pad_jax.commands._refine_files.worker`.
@@ -82,7 +82,12 @@ def ray_workers(
         given = {item["path"]: str(path) for item, (path, _) in zip(items, tasks, strict=True)}
         records = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * num_workers)).map_batches(
             Refiner,  # pyright: ignore[reportArgumentType]
-            fn_constructor_args=(model.absolute(), weights and weights.absolute(), out.absolute(), options or {}),
+            fn_constructor_args=(
+                model.absolute(),
+                weights and [file.absolute() for file in weights],
+                out.absolute(),
+                options or {},
+            ),
             batch_size=min(BATCH_SIZE, -(-len(items) // num_workers)),
             compute=ray.data.ActorPoolStrategy(size=num_workers),
             num_gpus=1 if gpu else 0,

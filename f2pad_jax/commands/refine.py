@@ -19,6 +19,7 @@ from f2pad_jax.commands._archive import Archive, Record, location
 from f2pad_jax.commands._console import (
     COMPILING,
     add_false_alarms,
+    add_model_weights,
     add_strict,
     at_least,
     exit_status,
@@ -50,9 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "them from standard input, one a line",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for masks and pictures")
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weight file of the model's network (default: the installed one)"
-    )
+    add_model_weights(parser)
     parser.add_argument(
         "--inpaint",
         choices=INPAINTERS,

@@ -4,6 +4,7 @@ from f2pad_jax.detectors.anomalib import load_anomalib
 from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages
 from f2pad_jax.detectors.calibration import calibrate
 from f2pad_jax.detectors.cflow import CFlow
+from f2pad_jax.detectors.composed import Composed, compose
 from f2pad_jax.detectors.fitting import fit
 from f2pad_jax.detectors.normality import Normality
 from f2pad_jax.detectors.padim import PaDiM
@@ -13,6 +14,6 @@ from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import load_detector, save_detector
 
 __all__ = [
-    "DETECTORS", "AbstractDetector", "CFlow", "Calibration", "NormalImages", "Normality", "PaDiM", "PatchCore",
-    "PixelPrior", "calibrate", "fit", "fit_prior", "load_anomalib", "load_detector", "save_detector",
+    "DETECTORS", "AbstractDetector", "CFlow", "Calibration", "Composed", "NormalImages", "Normality", "PaDiM", "PatchCore",
+    "PixelPrior", "calibrate", "compose", "fit", "fit_prior", "load_anomalib", "load_detector", "save_detector",
 ]  # fmt: skip

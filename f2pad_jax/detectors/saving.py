@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from f2pad_jax._version import __version__
 from f2pad_jax.backbones.backbone import Backbone, load_backbone
 from f2pad_jax.detectors._flow import Coupling, Flow
 from f2pad_jax.detectors.base import AbstractDetector, Calibration, Factors
+from f2pad_jax.detectors.composed import Composed
 from f2pad_jax.detectors.normality import Normality
 from f2pad_jax.detectors.padim import Full, LowRank
 from f2pad_jax.detectors.prior import PixelPrior
@@ -25,6 +26,7 @@ FORMAT = "f2pad-model-6"
 """Name of the file format, with its version."""
 CLASSES: tuple[type[eqx.Module], ...] = (
     *DETECTORS.values(),
+    Composed,
     Calibration,
     Factors,
     Normality,
@@ -51,13 +53,14 @@ def save_detector(path: str | Path, detector: AbstractDetector) -> None:
 
 
 def load_detector(
-    path: str | Path, *, weights: str | Path | None = None, classes: Iterable[type[eqx.Module]] = ()
+    path: str | Path, *, weights: str | Path | Sequence[str | Path] | None = None, classes: Iterable[type[eqx.Module]] = ()
 ) -> AbstractDetector:
     """Reads a detector written by :func:`save_detector`, and loads its backbone.
 
     Args:
         path: model file.
-        weights: weight file of the backbone; default: the installed one.
+        weights: weight file of the backbone; default: the installed one. A composed detector with two backbones takes a
+            file for each, in any order.
         classes: classes of your own detector, and of the modules in it.
 
     Raises:
@@ -74,8 +77,9 @@ def load_detector(
     if metadata.get("sha256") != content_checksum(tensors, header=metadata.get("header", "")):
         raise ModelError(f"{path}: damaged or altered since it was written; fit the model again")
     by_name = {cls.__name__: cls for cls in (*CLASSES, *classes)}
+    files = (weights,) if weights is None or isinstance(weights, (str, Path)) else tuple(weights)
     try:
-        return _decode(json.loads(metadata["header"])["detector"], tensors, by_name, weights)
+        return _decode(json.loads(metadata["header"])["detector"], tensors, by_name, files)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     except TypeError as error:  # the fields of a class have changed since
@@ -102,20 +106,33 @@ def _encode(name: str, value: Any, tensors: dict[str, np.ndarray]) -> Any:
     raise ModelError(f"{name} is a {type(value).__name__}, which a model file can't hold")
 
 
-def _decode(value: Any, tensors: dict[str, np.ndarray], classes: dict[str, type], weights: str | Path | None) -> Any:
+def _decode(
+    value: Any, tensors: dict[str, np.ndarray], classes: dict[str, type], files: Sequence[str | Path | None]
+) -> Any:
     """Returns the value that :func:`_encode` turned into JSON."""
     match value:
         case {"backbone": name, "layers": layers, "sha256": checksum}:
-            backbone = load_backbone(name, layers=tuple(layers), weights=weights)
-            if bytes.fromhex(checksum) != np.asarray(backbone.checksum).tobytes():
-                raise ModelError(f"fitted with other weights of {name}; give these weights, or fit the model again")
-            return backbone
+            return _backbone(name, tuple(layers), bytes.fromhex(checksum), files)
         case {"class": name, "fields": fields}:
             if name not in classes:
                 raise ModelError(f"holds a {name}; pass its class to load_detector as classes=({name},)")
-            return classes[name](**{key: _decode(item, tensors, classes, weights) for key, item in fields.items()})
+            return classes[name](**{key: _decode(item, tensors, classes, files) for key, item in fields.items()})
         case {"tensor": name}:
             return jax.device_put(tensors[name])
         case list():
-            return tuple(_decode(item, tensors, classes, weights) for item in value)
+            return tuple(_decode(item, tensors, classes, files) for item in value)
     return value
+
+
+def _backbone(name: str, layers: tuple[str, ...], checksum: bytes, files: Sequence[str | Path | None]) -> Backbone:
+    """Returns the backbone from the file whose weights have the checksum; raises the error of the last file if none has."""
+    for file, last in zip(files, [*[False] * (len(files) - 1), True], strict=True):
+        try:
+            backbone = load_backbone(name, layers=layers, weights=file)
+        except CheckpointError:
+            if last:
+                raise
+            continue
+        if checksum == np.asarray(backbone.checksum).tobytes():
+            return backbone
+    raise ModelError(f"fitted with other weights of {name}; give these weights, or fit the model again")
