@@ -1,4 +1,4 @@
-"""Fits any model of anomalib to a folder, and refines its predictions: ``python examples/anomalib_run.py FOLDER --out DIR``.
+"""Fits any model of anomalib and refines its predictions: ``python examples/anomalib_run.py FOLDER --out DIR``.
 
     pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
     pip install anomalib 'f2pad-jax[demo]'

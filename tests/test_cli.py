@@ -107,6 +107,11 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
     for record in records.values():
         assert record["verdict"] == ("defective" if record["score"] > 1 else "good") and 0 < record["p_value"] <= 1
         assert (record["anomalous_pixels"] > 0) == (record["verdict"] == "defective")
+    with PIL.Image.open(out / "sheet.jpg") as sheet:  # six images side by side; the highest score comes first, in red
+        assert sheet.size == (6 * 228 + 8, 8 + 220 + 20 + 8)
+        for number, verdict in ((0, "defective"), (5, "good")):
+            caption = np.asarray(sheet)[230:246, 8 + 228 * number : 220 + 228 * number].astype(int)
+            assert (caption[..., 0] > caption[..., 1] + 60).any() == (verdict == "defective")
     assert not list(out.rglob(".*")), "no temporary file is left"
 
 

@@ -5,7 +5,7 @@ import skimage.measure
 import skimage.segmentation
 import sklearn.metrics
 
-from f2pad_jax.images import gallery, overlay
+from f2pad_jax.images import contact_sheet, gallery, overlay
 from f2pad_jax.images.metrics import aupro, auroc, average_precision, best_threshold, boundary_f1, dice, f1_max, iou
 from f2pad_jax.images.pictures import OUTLINE, to_uint8
 
@@ -122,6 +122,18 @@ def test_the_outline_of_a_large_picture_is_thicker():
     mask[300:500, 300:500] = True
     row = overlay(image, mask)[400]
     assert np.all(row[297:300] == OUTLINE) and not np.any(np.all(row[:297] == OUTLINE, axis=-1))
+
+
+def test_a_contact_sheet_has_rows_of_pictures_over_their_captions():
+    grey = [np.full((20, 10 + 30 * (number == 4)), 50 * number + 50, np.uint8) for number in range(5)]
+    texts = [("a", "black"), ("b", "#c11"), ("c", "black"), ("", "black"), ("long" * 40, "black")]
+    found = contact_sheet(grey, texts, columns=3, cell=40)
+    assert found.shape == (2 * 68 + 8, 3 * 48 + 8, 3)
+    for number in range(5):
+        top, left = 8 + number // 3 * 68, 8 + number % 3 * 48
+        assert abs(int(found[top + 20, left + 20, 0]) - (50 * number + 50)) <= 1  # pictures keep their shape
+        assert (found[top + 40 : top + 60, left : left + 40] < 200).any() == (number != 3)
+    assert (found[:, 3 * 48 :] == 255).all() and (found[76:, 2 * 48 + 8 :] == 255).all()
 
 
 def test_overlay_of_an_empty_mask_is_the_image():

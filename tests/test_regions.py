@@ -81,7 +81,7 @@ def test_measurements_of_known_shapes(mask):
     assert abs(bar.length - np.hypot(26, 36)) < 3 and abs(bar.width - np.hypot(6, 6)) < 3
     assert abs(bar.angle + np.degrees(np.arctan2(20, 36))) < 5  # downwards to the right
     assert (dot.area, dot.length, dot.width, dot.centroid, dot.score) == (1, 1, 1, (58.5, 78.5), 2)
-    assert dot.contrast == pytest.approx(0.3) and frame.contrast == 0
+    assert dot.contrast == pytest.approx(0.3) and frame.contrast == 0 and frame.probability == 1
     np.testing.assert_array_equal(mask_of([frame, bar, dot], SIZE), mask)
 
 

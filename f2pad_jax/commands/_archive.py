@@ -23,7 +23,7 @@ Record = dict[str, Any]
 """Figures of one image and the names of its files, as ``results.json`` has them; or the error of an image."""
 ENDINGS = ("_mask.png", "_normal.png", "_overlay.png", "_probability.png", "_history.csv", "_history.gif", "_history.png")
 """Ends of the names of an image's files."""
-OTHERS = ("results.json", "results.csv", "regions.csv", "report.html", "settings.toml", "regions.geojson")
+OTHERS = ("results.json", "results.csv", "regions.csv", "report.html", "sheet.jpg", "settings.toml", "regions.geojson")
 """Files of the whole archive that no other program may have written before its first run."""
 
 
@@ -95,9 +95,11 @@ class Archive:
             journal.write(json.dumps(line) + "\n")
 
     def files(self) -> set[str]:
-        """Returns the absolute paths of the files that runs into this folder have written for images."""
+        """Returns the absolute paths of the files that runs into this folder write: they are no images."""
         folder = location(self.out)
-        return {os.path.join(folder, f"{name}{ending}") for name in self.planned for ending in ENDINGS}
+        return {os.path.join(folder, f"{name}{ending}") for name in self.planned for ending in ENDINGS} | {
+            os.path.join(folder, name) for name in OTHERS
+        }
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         """Returns the images that are not done or have changed, and plans their files.

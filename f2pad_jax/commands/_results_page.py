@@ -1,14 +1,19 @@
-"""Page of a run of ``f2pad refine``: all images with verdict, masks and regions, for a browser without a network."""
+"""Page of a run of ``f2pad refine``, for a browser without a network, and a sheet of its highest scores."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import PIL.Image
+
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.evaluation.report import script_data
 from f2pad_jax.images.files import is_address
+from f2pad_jax.images.pictures import contact_sheet
 
 TEMPLATE = Path(__file__).with_name("results.html")
 """Page with a place for the records."""
@@ -16,6 +21,10 @@ SHOWN = ("name", "verdict", "score", "p_value", "message", "anomalous_pixels")
 """Values of a record that the page shows."""
 OF_REGION = ("area", "length", "width", "score", "area_mm2", "length_mm", "width_mm")
 """Values of a region that the page shows."""
+ON_SHEET = 60
+"""Largest number of images on the sheet."""
+COLOURS = {"defective": "#c11", "good": "#176"}
+"""Colour of each verdict on the sheet."""
 
 
 def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
@@ -23,6 +32,16 @@ def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
     path, data = out / "report.html", script_data([_entry(record, out) for record in records])
     write_atomically(path, TEMPLATE.read_text(encoding="utf-8").replace("/*RECORDS*/", data).encode())
     return path
+
+
+def write_sheet(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Writes ``sheet.jpg``: the overlays of the images with the highest scores, at most :data:`ON_SHEET`, highest first."""
+    shown = sorted(records, key=lambda record: -record["score"])[:ON_SHEET]
+    overlays = (np.asarray(PIL.Image.open(out / record["overlay"])) for record in shown)
+    captions = [(f"{record['name']}  {record['score']:.2f}", COLOURS[record["verdict"]]) for record in shown]
+    file = io.BytesIO()
+    PIL.Image.fromarray(contact_sheet(overlays, captions)).save(file, "JPEG", quality=88)
+    write_atomically(out / "sheet.jpg", file.getvalue())
 
 
 def _entry(record: dict[str, Any], out: Path) -> dict[str, Any]:

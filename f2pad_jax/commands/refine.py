@@ -29,7 +29,7 @@ from f2pad_jax.commands._console import (
 )
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import Reported, checksum_of, worker
-from f2pad_jax.commands._results_page import write_page
+from f2pad_jax.commands._results_page import write_page, write_sheet
 from f2pad_jax.commands._settings_file import as_toml, read_settings
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
@@ -184,6 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = archive.results()
     write_tables(results["images"], out)
     write_page(results["images"], out)
+    write_sheet(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
     status = exit_status(record["error"] for record in archive.unusable)
@@ -225,7 +226,7 @@ def summary(results: dict[str, Any], out: Path) -> str:
     before = f" ({len(records) - count} of them before)" if count < len(records) else ""
     return (
         f"{len(records)} images{before} in {results['seconds']:.0f} s: {num_defective} defective, "
-        f"{len(records) - num_defective} good{unusable}; report.html, results.json, tables and masks are in {out}"
+        f"{len(records) - num_defective} good{unusable}; report.html, sheet.jpg, tables and masks are in {out}"
     )
 
 

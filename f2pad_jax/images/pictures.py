@@ -1,12 +1,13 @@
 """Pictures of results: overlays and galleries."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 import scipy.ndimage
 from jaxtyping import Bool, Shaped, UInt8
 
@@ -60,6 +61,32 @@ def gallery(
             tile = PIL.Image.fromarray(to_uint8(image)).resize((cell, cell), resample)
             canvas.paste(tile, (side + c * (cell + gap), top))
     return np.asarray(canvas)
+
+
+def contact_sheet(
+    pictures: Iterable[Shaped[np.ndarray, "..."]], captions: Sequence[tuple[str, str]], *, columns: int = 6, cell: int = 220
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draws pictures in rows, each with its caption below.
+
+    Args:
+        pictures: images of any size, in a format of :func:`to_uint8`; one at a time is in memory.
+        captions: text of each picture and the text's colour. A text that is too long loses its beginning.
+        columns: largest number of pictures in a row.
+        cell: side of the square that holds a picture, pixels.
+    """
+    gap, line = 8, 20
+    across = max(1, min(columns, len(captions)))
+    down = -(-len(captions) // across)
+    sheet = PIL.Image.new("RGB", (across * (cell + gap) + gap, down * (cell + line + gap) + gap), "white")
+    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(13)
+    for number, (picture, (text, colour)) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = gap + number % across * (cell + gap), gap + number // across * (cell + line + gap)
+        tile = PIL.ImageOps.pad(PIL.Image.fromarray(to_uint8(picture)), (cell, cell), color="#eee")
+        sheet.paste(tile, (left, top))
+        while draw.textlength(text, font) > cell:
+            text = f"…{text[2:]}"
+        draw.text((left, top + cell + 2), text, colour, font)
+    return np.asarray(sheet)
 
 
 def figures() -> Any:

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 """Record of an image, as in ``results.json``."""
 LABEL = "defect"
 """Name of the only class."""
-COLUMNS = ("image", "region", "area", "length", "width", "angle", "perimeter", "contrast", "score")
+COLUMNS = ("image", "region", "area", "length", "width", "angle", "perimeter", "contrast", "score", "probability")
 """First columns of ``regions.csv``, which are there without a region too."""
 LABELME = "5.5.0"
 """Version of LabelMe's format."""

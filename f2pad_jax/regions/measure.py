@@ -37,6 +37,8 @@ class Region(NamedTuple):
     """Mean of |a| over the piece, all channels together, 0..1."""
     score: float
     """Highest value of the coarse map in the piece."""
+    probability: float
+    """Mean of the probability over the piece, above 0.5."""
     outlines: tuple[Float[np.ndarray, "_ 2"], ...]
     """Closed polygons (x, y): the outline of the piece, then its holes."""
 
@@ -53,8 +55,10 @@ def find_regions(result: Refined) -> list[Region]:
     mask, contrast = np.asarray(result.mask), np.asarray(result.anomaly)
     if mask.ndim != 2:
         raise ImageError("regions are found in the result of one image; take the results of a batch one at a time")
-    intensity = np.stack([np.abs(contrast).mean(axis=-1), np.asarray(result.coarse_map)], axis=-1)
-    return [_measured(piece) for piece in measure.regionprops(measure.label(mask, connectivity=2), intensity)]
+    intensity = [np.abs(contrast).mean(axis=-1), np.asarray(result.coarse_map), np.asarray(result.probability)]
+    return [
+        _measured(piece) for piece in measure.regionprops(measure.label(mask, connectivity=2), np.stack(intensity, axis=-1))
+    ]
 
 
 def _measured(piece) -> Region:
@@ -73,6 +77,7 @@ def _measured(piece) -> Region:
         perimeter=float(sum(np.hypot(*np.diff(line, axis=0).T).sum() for line in outlines)),
         contrast=float(piece.intensity_mean[0]),
         score=float(piece.intensity_max[1]),
+        probability=float(piece.intensity_mean[2]),
         outlines=outlines,
     )
 
@@ -119,6 +124,7 @@ def described(region: Region, size: tuple[int, int], mm_per_pixel: float | None 
         "centroid": [round(place, 2) for place in region.centroid],
         "contrast": round(region.contrast, 4),
         "score": round(region.score, 4),
+        "probability": round(region.probability, 4),
         "outlines": [np.round(line, 2).tolist() for line in region.outlines],
         "rle": run_lengths(region.mask, region.box[:2], size),
     }
