@@ -11,8 +11,11 @@ The benchmark trains a small PaDiM, PatchCore and CFLOW with anomalib's own engi
 layout). It reads the saved checkpoints with :func:`f2pad_jax.detectors.load_anomalib`. It prints two figures for each
 model, over a few test images. The first is the largest difference of the computed values (distances, patch scores,
 log-likelihoods), relative to the largest of anomalib's values. The second is the correlation of the anomaly maps, each
-smoothed in its library's own way. FILE holds the weights of ResNet18, in timm's or torchvision's names, with batch norm
-folded or not; neither library fetches any. Both libraries are given PNG files of FOLDER, resized here to the models' size.
+smoothed in its library's own way. A second line gives the mean IoU of refined masks with the ground truth: of the imported
+model, and of anomalib's predictions through :func:`f2pad_jax.refine_batches`, with levels of its maps of normal images.
+
+FILE holds the weights of ResNet18, in timm's or torchvision's names, with batch norm folded or not; neither library
+fetches any. Both libraries are given PNG files of FOLDER, resized here to the models' size.
 The exit status is 1 if a difference exceeds 1e-3.
 """
 
@@ -31,22 +34,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from anomalib.data import Folder
+from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from anomalib.models import Cflow, Padim, Patchcore
 from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
 from lightning.pytorch import seed_everything
 from PIL import Image
 
+import f2pad_jax
 from f2pad_jax._storage import read_safetensors
 from f2pad_jax.backbones._torchfile import read_torch_file
 from f2pad_jax.backbones._weight_files import is_safetensors
+from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import AbstractDetector, CFlow, PatchCore, load_anomalib
 from f2pad_jax.detectors.base import ORIGIN
 from f2pad_jax.detectors.patchcore import embed, nearest
+from f2pad_jax.images.metrics import iou
 
 SIZE = (128, 160)
-NUM_TRAIN, NUM_NORMAL, NUM_TEST = 12, 4, 3
+NUM_TRAIN, NUM_NORMAL, NUM_TEST = 24, 16, 8
 TOLERANCE = 1e-3
 MODELS = {
     "PaDiM": (Padim, {"layers": ["layer1", "layer2", "layer3"], "n_features": 50}),
@@ -65,6 +71,10 @@ def copy_images(folder: Path, to: Path) -> list[Path]:
         for path in sorted((folder / part).glob("*.png"))[:count]:
             Image.open(path).convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR).save(to / part / path.name)
             written.setdefault(part, []).append(to / part / path.name)
+            if part == f"test/{defect}":
+                truth = read_mask(folder / "ground_truth" / defect / f"{path.stem}_mask.png", size=SIZE)
+                (to / "ground_truth").mkdir(exist_ok=True)
+                Image.fromarray(truth).save(to / "ground_truth" / path.name)
     return [*written["test/good"][:1], *written[f"test/{defect}"]]
 
 
@@ -85,8 +95,8 @@ def give_weights(model: torch.nn.Module, path: Path) -> None:
         sys.exit(f"{path}: holds no '{absent[0]}'")
 
 
-def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.Module, Path]:
-    """Trains a model with anomalib; returns it and the checkpoint that its engine has saved."""
+def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.Module, Engine]:
+    """Trains a model with anomalib; returns it and its engine."""
     seed_everything(0, verbose=False)
     cls, options = MODELS[name]
     model = cls(backbone="resnet18", pre_trained=False, pre_processor=cls.configure_pre_processor(SIZE), **options)
@@ -107,7 +117,7 @@ def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.
     epochs = {"max_epochs": 1} if name == "CFLOW" else {}
     engine = Engine(accelerator="cpu", devices=1, default_root_dir=folder / name, **silent, **epochs)
     engine.fit(model, datamodule=images)
-    return model.eval(), Path(engine.trainer.checkpoint_callback.best_model_path)
+    return model.eval(), engine
 
 
 def anomalib_values(model: torch.nn.Module, image: torch.Tensor) -> Iterator[np.ndarray]:
@@ -144,8 +154,9 @@ def own_values(detector: AbstractDetector, image: jax.Array) -> tuple[jax.Array,
 
 def compare(name: str, data: Path, test: list[Path], weights: Path, folder: Path) -> float:
     """Trains a model, reads it and prints both figures; returns the relative difference."""
-    model, path = train(name, data, weights, folder)
-    detector = load_anomalib(path, map(read_pixels, sorted((data / "test/good").glob("*.png"))))
+    model, engine = train(name, data, weights, folder)
+    checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
+    detector = load_anomalib(checkpoint, map(read_pixels, sorted((data / "test/good").glob("*.png"))))
     anomaly_map = jax.jit(lambda detector, image: detector.anomaly_map(image))
     pairs, found, expected = [], [], []
     with torch.no_grad():
@@ -163,7 +174,35 @@ def compare(name: str, data: Path, test: list[Path], weights: Path, folder: Path
         f"{name:10} {MEASURES[name]:16} differ by {worst:.1e} of their peak; maps correlate by {correlation:.4f}",
         flush=True,
     )
+    print(f"{'':10} refined masks, mean IoU: " + "; ".join(refined_ious(detector, model, engine, data, test)), flush=True)
     return worst
+
+
+def refined_ious(
+    detector: AbstractDetector, model: torch.nn.Module, engine: Engine, data: Path, test: list[Path]
+) -> list[str]:
+    """Refines the defects by the imported detector, and by the model's predictions; returns the mean IoU of both."""
+    defects = [path for path in test if path.parent.name != "good"]
+    truths = [read_mask(path.parents[2] / "ground_truth" / path.name) for path in defects]
+
+    def predicted(folder: Path) -> list:
+        return engine.predict(model, dataset=PredictDataset(folder))
+
+    normal = predicted(data / "test/good")
+    images, maps = (
+        [read_pixels(Path(path)) for batch in normal for path in batch.image_path],
+        np.concatenate([batch.anomaly_map.numpy().reshape(-1, *SIZE) for batch in normal]),
+    )
+    judge = f2pad_jax.fit(PatchCore, images, detector.backbone, size=SIZE, coarse_maps=maps)
+    batches = f2pad_jax.refine_batches(judge, predicted(defects[0].parent))
+    found = {
+        "imported model": list(f2pad_jax.refine_many(detector, defects)),
+        "its predictions": [result for _, results in batches for result in results],
+    }
+    return [
+        f"{name} {np.mean([iou(result.mask, truth) for result, truth in zip(results, truths, strict=True)]):.3f}"
+        for name, results in found.items()
+    ]
 
 
 def main() -> int:

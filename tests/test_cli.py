@@ -406,6 +406,9 @@ def test_two_images_never_share_an_output(model, defective, tmp_path, capsys):
     assert result_names(distinct(files[:1])) == ["part"]
     outside = [(tmp_path / folder / "part.png", Path("part.png")) for folder in ("a", "a/../b")]
     assert result_names(distinct(outside)) == ["a/part", "b/part"]
+    buckets = [(address, Path("part.png")) for address in ("s3://one/a/part.png", "s3://two/a/part.png")]
+    assert result_names(distinct(buckets)) == ["one/a/part", "two/a/part"]
+    assert result_names(distinct([*buckets, outside[0]])) == ["one/a/part", "two/a/part", f"{tmp_path}/a/part"[1:]]
     assert result_names([Path("part.png"), Path("part.jpg")]) == ["part_png", "part_jpg"]
     line = refused(capsys, "refine", model, defective, defective, "--out", tmp_path / "out")
     assert "both be named 'defective" in line

@@ -231,11 +231,12 @@ def summary(results: dict[str, Any], out: Path) -> str:
 
 
 def distinct(found: Sequence[tuple[Path | str, Path]]) -> list[Path]:
-    """Returns the relative path of each image; if two are equal, the paths below the folder that all images share."""
+    """Returns the relative path of each image; if two are equal, the paths below the folder or bucket that all share."""
     relative = [path for _, path in found]
-    if len({*relative}) == len(relative) or any(is_address(path) for path, _ in found):
+    if len({*relative}) == len(relative):
         return relative
-    paths = [Path(os.path.abspath(path)) for path, _ in found]
+    names = [str(path).partition("://")[2] if is_address(path) else os.path.abspath(path) for path, _ in found]
+    paths = [path.relative_to(path.anchor) for path in map(Path, names)]
     shared = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(shared) for path in paths]
 
