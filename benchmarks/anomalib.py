@@ -12,7 +12,8 @@ layout). It reads the saved checkpoints with :func:`f2pad_jax.detectors.load_ano
 model, over a few test images. The first is the largest difference of the computed values (distances, patch scores,
 log-likelihoods), relative to the largest of anomalib's values. The second is the correlation of the anomaly maps, each
 smoothed in its library's own way. A second line gives the mean IoU of refined masks with the ground truth: of the imported
-model, and of anomalib's predictions through :func:`f2pad_jax.refine_batches`, with levels of its maps of normal images.
+model, and of anomalib's predictions through :func:`f2pad_jax.refine_batches`, with levels of its maps of normal images. The
+restored images are then judged by the imported model, or by a PatchCore fitted to the test folder's good images.
 
 FILE holds the weights of ResNet18, in timm's or torchvision's names, with batch norm folded or not; neither library
 fetches any. Both libraries are given PNG files of FOLDER, resized here to the models' size.
@@ -20,6 +21,7 @@ The exit status is 1 if a difference exceeds 1e-3.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import sys
@@ -48,6 +50,7 @@ from f2pad_jax.backbones._weight_files import is_safetensors
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import AbstractDetector, CFlow, PatchCore, load_anomalib
 from f2pad_jax.detectors.base import ORIGIN
+from f2pad_jax.detectors.calibration import with_calibration, with_maps
 from f2pad_jax.detectors.patchcore import embed, nearest
 from f2pad_jax.images.metrics import iou
 
@@ -193,12 +196,17 @@ def refined_ious(
         [read_pixels(Path(path)) for batch in normal for path in batch.image_path],
         np.concatenate([batch.anomaly_map.numpy().reshape(-1, *SIZE) for batch in normal]),
     )
-    judge = f2pad_jax.fit(PatchCore, images, detector.backbone, size=SIZE, coarse_maps=maps)
-    batches = f2pad_jax.refine_batches(judge, predicted(defects[0].parent))
-    found = {
-        "imported model": list(f2pad_jax.refine_many(detector, defects)),
-        "its predictions": [result for _, results in batches for result in results],
+    calibration = with_maps(detector, maps, maps[:0]).calibrated
+    judges = {
+        "its predictions": with_calibration(detector, dataclasses.replace(calibration, maps="given")),
+        "its predictions, PatchCore as judge": f2pad_jax.fit(
+            PatchCore, images, detector.backbone, size=SIZE, coarse_maps=maps
+        ),
     }
+    predictions = predicted(defects[0].parent)
+    found = {"imported model": list(f2pad_jax.refine_many(detector, defects))}
+    for name, judge in judges.items():
+        found[name] = [result for _, results in f2pad_jax.refine_batches(judge, predictions) for result in results]
     return [
         f"{name} {np.mean([iou(result.mask, truth) for result, truth in zip(results, truths, strict=True)]):.3f}"
         for name, results in found.items()
