@@ -11,7 +11,7 @@ import tifffile
 from f2pad_jax.data.mvtec import Sample, read_mask
 from f2pad_jax.errors import ImageError
 from f2pad_jax.images import list_images, read_image
-from f2pad_jax.images.files import check_images
+from f2pad_jax.images.files import check_images, read_map
 
 H, W = 20, 30
 
@@ -186,3 +186,13 @@ def test_a_defect_without_an_anomalous_pixel_is_refused(tmp_path):
     PIL.Image.new("L", (W, H)).save(tmp_path / "mask.png")
     with pytest.raises(ImageError, match="no anomalous pixel"):
         Sample(tmp_path / "x.png", "crack", tmp_path / "mask.png").truth((H, W))
+
+
+@pytest.mark.parametrize("read", [read_image, read_map])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(read, tmp_path):
+    write_png16(tmp_path / "a.png", np.zeros((1, 1, 3), np.uint16))
+    data = (tmp_path / "a.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 20_000, 10_000) + data[24:29]  # a bomb: few bytes, and a large picture in the header
+    (tmp_path / "a.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    with pytest.raises(ImageError, match="200000000 pixels"):
+        read(tmp_path / "a.png")

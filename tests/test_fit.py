@@ -18,7 +18,7 @@ from f2pad_jax.detectors.base import BORDER
 from f2pad_jax.detectors.calibration import EXTENT
 from f2pad_jax.detectors.normality import folds
 from f2pad_jax.detectors.patchcore import embed
-from f2pad_jax.errors import CheckpointError, ImageError, ModelError
+from f2pad_jax.errors import CheckpointError, ImageError, ModelError, OptionError
 from f2pad_jax.images import MEAN, STD, normalise, to_unit
 from f2pad_jax.images.metrics import iou
 
@@ -389,9 +389,15 @@ def test_fitting_needs_two_images(texture, stage4, count):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("size", [(100, 64), (64, 8), (0, 64), (-16, 64)])
+@pytest.mark.parametrize("size", [(100, 64), (64, 8)])
 def test_sizes_that_are_no_multiples_of_the_stride_are_refused(texture, stage4, size):
     with pytest.raises(ImageError, match="not a multiple of the backbone's stride 16"):
+        fit(Blocks, texture.train[:2], stage4, size=size, num_components=1)
+
+
+@pytest.mark.parametrize("size", [(0, 64), (-16, 64)])
+def test_sizes_that_are_not_positive_are_refused(texture, stage4, size):
+    with pytest.raises(OptionError, match="must be positive"):
         fit(Blocks, texture.train[:2], stage4, size=size, num_components=1)
 
 

@@ -101,6 +101,8 @@ def fit(
     if isinstance(size, Sequence):
         height, width = size
         size = height, width
+        if min(size) <= 0:
+            raise OptionError(f"size {size} must be positive")
     else:
         if isinstance(backbone, str):
             network = find_network(backbone)
@@ -114,7 +116,7 @@ def fit(
     if isinstance(backbone, str):
         layers = method.default_layers(find_network(backbone), len(normals))
         backbone = load_backbone(backbone, layers=layers)
-    if any(side % backbone.stride or side <= 0 for side in size):
+    if any(side % backbone.stride for side in size):
         raise ImageError(f"size {size} is not a multiple of the backbone's stride {backbone.stride}; give another size")
     if resume and method.resumable:
         options["resume"] = resume
