@@ -1,6 +1,6 @@
 # CPU: docker build -t f2pad .
 # NVIDIA GPUs: docker build -t f2pad --build-arg EXTRAS=demo,cuda .
-# Use: docker run --rm -v "$PWD:/data" -v f2pad-cache:/cache f2pad refine part.model new_images/ --out out/
+# Use, on a GPU with --gpus all: docker run --rm -v "$PWD:/data" -v f2pad-cache:/cache f2pad refine part.model new_images/ --out out/
 FROM python:3.11-slim
 ARG EXTRAS=demo
 RUN --mount=type=bind,target=/source,rw pip install --no-cache-dir "/source[$EXTRAS]"

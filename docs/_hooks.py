@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-INCLUDED = ("CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/**/*.*")
+INCLUDED = ("CHANGELOG.md", "SECURITY.md", "benchmarks/*.md", "benchmarks/results/**/*.*")
 """Files of the repository that are part of the site as they are."""
 log = logging.getLogger(f"mkdocs.hooks.{__name__}")
 

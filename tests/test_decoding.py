@@ -192,7 +192,9 @@ def test_a_defect_without_an_anomalous_pixel_is_refused(tmp_path):
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(read, tmp_path):
     write_png16(tmp_path / "a.png", np.zeros((1, 1, 3), np.uint16))
     data = (tmp_path / "a.png").read_bytes()
-    header = b"IHDR" + struct.pack(">II", 20_000, 10_000) + data[24:29]  # a bomb: few bytes, and a large picture in the header
+    header = (
+        b"IHDR" + struct.pack(">II", 20_000, 10_000) + data[24:29]
+    )  # a bomb: few bytes, and a large picture in the header
     (tmp_path / "a.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
     with pytest.raises(ImageError, match="200000000 pixels"):
         read(tmp_path / "a.png")

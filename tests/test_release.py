@@ -74,7 +74,7 @@ def test_the_wheel_from_the_source_archive_holds_the_package_and_nothing_else(ar
 def test_the_source_archive_holds_the_tests_and_no_weights(archives):
     with tarfile.open(archives[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "README.md", "tests/conftest.py", "checkpoints/manifest.json"} <= names
+    assert {"LICENSE", "README.md", "SECURITY.md", "tests/conftest.py", "packaging/conda/recipe.yaml"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith((".safetensors", ".model"))]
 
 
@@ -102,7 +102,8 @@ def test_the_installed_wheel_marks_a_defect_far_from_the_checkout(installed, tex
 
 def test_the_version_is_repeated_right():
     """Other files need the version without running Python."""
-    for file, pattern in {"CITATION.cff": r"^version: (.*)$", "packaging/conda/recipe.yaml": r'^  version: "(.*)"$'}.items():
+    patterns = {"CITATION.cff": r"^version: (.*)$", "packaging/conda/recipe.yaml": r'^  version: "(.*)"$'}
+    for file, pattern in patterns.items():
         assert re.findall(pattern, (ROOT / file).read_text("utf-8"), re.MULTILINE) == [__version__], file
 
 
