@@ -14,7 +14,7 @@ from . import (
 )
 from ._version import __version__
 from .batches import refine_batches
-from .detectors import fit, load_detector, save_detector
+from .detectors import fit, load_detector, save_detector, update
 from .method import Refined, Settings
 from .method.history import history
 from .refinement import refine, refine_many
@@ -25,5 +25,5 @@ from .tuning import tune
 __all__ = [
     "Outcome", "Refined", "Settings", "__version__", "backbones", "data", "detectors", "errors", "evaluation",
     "find_regions", "fit", "history", "images", "inpainting", "load_detector", "method", "objective", "progress", "refine",
-    "refine_batches", "refine_many", "regions", "save_detector", "solvers", "tune",
+    "refine_batches", "refine_many", "regions", "save_detector", "solvers", "tune", "update",
 ]  # fmt: skip

@@ -36,7 +36,10 @@ from f2pad_jax.method import AbstractDecision
 def with_scores(scores):
     """A distribution with these scores of normal images."""
     return Normality(
-        jnp.zeros((4, 4)), jnp.ones((4, 4)), jnp.asarray(np.sort(scores), jnp.float32), jnp.zeros(0), jnp.zeros(())
+        jnp.zeros((4, 4)),
+        jnp.ones((4, 4)),
+        jnp.asarray(np.sort(scores), jnp.float32),
+        *(jnp.zeros(0), jnp.zeros(()), jnp.zeros(len(scores)), jnp.zeros(len(scores))),
     )
 
 
@@ -84,7 +87,7 @@ def test_false_alarms_are_as_rare_as_asked(draw, count, rate):
 
 
 def with_sorted(scores):
-    return Normality(jnp.zeros((1, 1)), jnp.ones((1, 1)), scores, jnp.zeros(0), jnp.zeros(()))
+    return Normality(jnp.zeros((1, 1)), jnp.ones((1, 1)), scores, jnp.zeros(0), jnp.zeros(()), scores, scores)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.02])
@@ -237,7 +240,12 @@ def test_the_mask_of_a_defective_image_is_never_empty(detector, texture, windows
 def test_a_defective_image_has_a_coarse_mask_however_low_its_map():
     """Where the deviation gives the verdict and no pixel exceeds the threshold, half of the height bounds m0."""
     normality = Normality(
-        jnp.full((8, 8), 1.0), jnp.full((8, 8), 0.1), jnp.linspace(0, 1, 50), jnp.zeros(0), jnp.float32(2)
+        jnp.full((8, 8), 1.0),
+        jnp.full((8, 8), 0.1),
+        jnp.linspace(0, 1, 50),
+        jnp.zeros(0),
+        jnp.float32(2),
+        *jnp.ones((2, 50)),
     )
     found = dataclasses.replace(calibration(threshold=100.0), normality=normality)
     detector = Seen(None, (8, 8), jnp.zeros((1, 8, 8, 3)), found)

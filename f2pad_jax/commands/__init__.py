@@ -17,6 +17,8 @@ COMMANDS = {
     "tune": "fit a detector, and choose the weights of the objective on synthetic defects; takes some minutes",
     "import": "import a detector trained with anomalib 2.x, and calibrate it on defect-free images",
     "compose": "make a model that finds defects by one model, and draws their masks by another",
+    "update": "add good images, such as false alarms, to a fitted model, list the added images, or undo the last update",
+    "drift": "compare the scores of the last images with those of the normal images of the fit",
     "refine": "mark the anomalous pixels of images; a stopped run continues where it stopped",
     "make-dataset": "make a data set in MVTec layout by pasting synthetic defects on normal images",
     "evaluate": "measure detectors with and without refinement, as in the paper's tables; a stopped run continues",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from f2pad_jax._storage import write_atomically
 from f2pad_jax.commands._console import exit_status, make_folder
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.normality import certified_rate
@@ -82,6 +83,13 @@ def score_chart(detector: AbstractDetector, false_alarms: float) -> bytes:
     kinds = {"normal images": normality.scores, "synthetic defects": normality.defects}
     values = {name: np.asarray(detector.in_units(scores, false_alarms)).tolist() for name, scores in kinds.items()}
     return standalone(histogram("image scores; above 1: defective", values))
+
+
+def write_chart(model: Path, detector: AbstractDetector, false_alarms: float) -> Path:
+    """Writes :func:`score_chart` beside a model file, and returns the chart's path."""
+    chart = model.with_name(f"{model.name}.svg")
+    write_atomically(chart, score_chart(detector, false_alarms))
+    return chart
 
 
 def described(detector: AbstractDetector, num_images: int) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from f2pad_jax._storage import write_atomically
 from f2pad_jax.backbones.backbone import find_network, load_backbone
 from f2pad_jax.commands._console import (
     add_false_alarms,
@@ -24,7 +23,7 @@ from f2pad_jax.commands._console import (
     add_white,
     shown_progress,
 )
-from f2pad_jax.commands._model_files import described, described_verdict, normal_images, score_chart
+from f2pad_jax.commands._model_files import described, described_verdict, normal_images, write_chart
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors import fitting
 from f2pad_jax.detectors.base import AbstractDetector
@@ -121,8 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(described_verdict(detector, arguments.false_alarms))
     if detector.calibrated.normality is None:
         return status
-    chart = arguments.out.with_name(f"{arguments.out.name}.svg")
-    write_atomically(chart, score_chart(detector, arguments.false_alarms))
+    chart = write_chart(arguments.out, detector, arguments.false_alarms)
     print(f"{chart} shows the scores of the normal images and of the synthetic defects")
     return status
 

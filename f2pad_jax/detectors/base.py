@@ -107,6 +107,21 @@ class Factors(eqx.Module):
     """Factor on the sparsity."""
 
 
+class Added(eqx.Module):
+    """Record of an image that :func:`f2pad_jax.update` added to a detector. Its fields are static."""
+
+    name: str = eqx.field(static=True)
+    """Path of the file, or number of the image in the call."""
+    sha256: str = eqx.field(static=True)
+    """SHA-256 of the file, or of the array's bytes, in hexadecimal."""
+    date: str = eqx.field(static=True)
+    """Date and time of the update, with the offset from UTC."""
+    before: float = eqx.field(static=True)
+    """Score (:func:`~f2pad_jax.detectors.normality.image_score`) of the image by the detector before the update."""
+    after: float = eqx.field(static=True)
+    """Score of the image by the detector after the update."""
+
+
 class Calibration(eqx.Module):
     """Measurements of :func:`f2pad_jax.fit` besides the method's own statistics."""
 
@@ -126,6 +141,8 @@ class Calibration(eqx.Module):
     """Pixels of every image that do not count; None: all pixels count."""
     normality: Normality | None = None
     """Distribution of the maps of normal images; None: an image is defective if a pixel exceeds ``threshold``."""
+    added: tuple[Added, ...] = ()
+    """Images that updates added after the fit, in order."""
     maps: Literal["own", "given", "none"] = eqx.field(static=True, default="own")
     """Origin of the maps that gave the levels, static: the detector, another detector, or no maps."""
     white: float | int | None = eqx.field(static=True, default=None)
@@ -178,6 +195,14 @@ class AbstractDetector(eqx.Module):
         """
         del num_images
         return None
+
+    def extended(self, images: NormalImages) -> "AbstractDetector":
+        """Returns the detector with further normal images in its statistics, as far as this needs no image of the fit.
+
+        Default: the detector itself, and :func:`f2pad_jax.update` then changes the calibration alone.
+        """
+        del images
+        return self
 
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Context:
         """Returns the context of a window whose top-left pixel is at ``corner`` of the whole image; default: None."""

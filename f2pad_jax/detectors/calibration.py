@@ -128,15 +128,24 @@ def with_maps(
     ``defects`` and ``parts`` are the arguments of :meth:`Normality.of`.
     """
     ordinary = float(np.mean(maps, dtype=np.float64))
-    highest = float(np.quantile(maps.max(axis=(1, 2)), 0.95))
+    return _with_levels(detector, ordinary, Normality.of(maps, defects, parts))
+
+
+def with_more_maps(detector: D, maps: Float[np.ndarray, "m h w"]) -> D:
+    """Returns the detector with levels and normality of its maps and of maps of further images, as :func:`with_maps`."""
+    c = detector.calibrated
+    assert c.normality is not None
+    before, count = len(c.normality.scores), len(c.normality.scores) + len(maps)
+    ordinary = (before * float(c.ordinary) + float(np.sum(np.mean(maps, axis=(1, 2), dtype=np.float64)))) / count
+    return _with_levels(detector, ordinary, c.normality.extended(maps))
+
+
+def _with_levels(detector: D, ordinary: float, normality: Normality) -> D:
+    """Returns the detector with these measurements of maps, and with the threshold that follows from them."""
+    highest = float(np.quantile(normality.maxima, 0.95))
     threshold = jnp.float32(ordinary + EXTENT * (highest - ordinary))
-    calibration = dataclasses.replace(
-        detector.calibrated,
-        ordinary=jnp.float32(ordinary),
-        threshold=threshold,
-        normality=Normality.of(maps, defects, parts),
-    )
-    return with_calibration(detector, calibration)
+    levels = {"ordinary": jnp.float32(ordinary), "threshold": threshold, "normality": normality}
+    return with_calibration(detector, dataclasses.replace(detector.calibrated, **levels))
 
 
 def sampled_pixels(

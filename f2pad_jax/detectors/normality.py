@@ -44,6 +44,10 @@ class Normality(eqx.Module):
     """Scores of synthetic defects, ascending."""
     level: Float[Array, ""]
     """Highest median of the map of an image that resembles the normal images as a whole."""
+    medians: Float[Array, " n"]
+    """Median of the map of each normal image, ascending."""
+    maxima: Float[Array, " n"]
+    """Maximum of the map of each normal image, ascending."""
 
     @staticmethod
     def of(
@@ -67,11 +71,30 @@ class Normality(eqx.Module):
             mean, spread = Moments.together(others).statistics()
             for i in part:
                 scores[i] = image_score(jnp.asarray(maps[i], jnp.float32), mean, spread)
-        level = jnp.float32(highest_level([float(np.median(m)) for m in maps]))
         mean, spread = Moments.together(moments).statistics()
         found = [image_score(jnp.asarray(m, jnp.float32), mean, spread) for m in (() if defects is None else defects)]
-        scores, found = (jnp.asarray(np.sort(values), jnp.float32) for values in (scores, found))
-        return Normality(mean, spread, scores, found, level)
+        return Normality._of(mean, spread, scores, found, *_levels(maps))
+
+    @staticmethod
+    def _of(mean: Array, spread: Array, scores, defects, medians, maxima) -> "Normality":
+        """Sorts the values of all images, and adds the level of their medians."""
+        scores, defects, medians, maxima = (
+            jnp.asarray(np.sort(np.asarray(values, np.float32))) for values in (scores, defects, medians, maxima)
+        )
+        return Normality(mean, spread, scores, defects, jnp.float32(highest_level(medians.tolist())), medians, maxima)
+
+    def extended(self, maps: Num[np.ndarray, "m h w"]) -> "Normality":
+        """Returns the distribution with the maps of further normal images.
+
+        Mean and spread stay: the scores of all images then have one unit.
+
+        Args:
+            maps: maps of images that neither the detector nor this distribution has seen.
+        """
+        values = [float(self.score(jnp.asarray(m, jnp.float32))) for m in maps], *_levels(maps)
+        together = (np.append(old, new) for old, new in zip((self.scores, self.medians, self.maxima), values, strict=True))
+        scores, medians, maxima = together
+        return Normality._of(self.mean, self.spread, scores, self.defects, medians, maxima)
 
     def score(self, anomaly_map: Float[Array, "h w"]) -> Float[Array, ""]:
         """Returns the score of an image by its map: :func:`image_score`."""
@@ -117,6 +140,11 @@ class Normality(eqx.Module):
         total = k + PRIOR_EXCESSES
         mean = (k * mean + PRIOR_EXCESSES * PRIOR_EXCESS) / total
         return total, start, mean, (k + 1) / (n + 1)
+
+
+def _levels(maps: Num[np.ndarray, "n h w"]) -> tuple[list[float], list[float]]:
+    """Returns the median and the maximum of each map."""
+    return [float(np.median(m)) for m in maps], [float(m.max()) for m in maps]
 
 
 def image_score(

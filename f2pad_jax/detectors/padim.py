@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import equinox as eqx
@@ -40,6 +41,10 @@ class Full(eqx.Module):
         """Computes the fields from float64 covariances."""
         inverse = np.linalg.inv(covariance)
         return (((inverse + np.swapaxes(inverse, 1, 2)) / 2).astype(np.float32),)
+
+    def covariance(self, row: int) -> Float[np.ndarray, "w_1 c c"]:
+        """Returns the covariances of a row of positions, in float64."""
+        return np.linalg.inv(np.asarray(self.precision[row], np.float64))
 
 
 @jax.custom_jvp
@@ -93,6 +98,14 @@ class LowRank(eqx.Module):
         shrinkage = 1 - np.sqrt(rest[:, None] / variances[:, -rank:])
         return basis.astype(np.float32), shrinkage.astype(np.float32), (1 / np.sqrt(rest)).astype(np.float32)
 
+    def covariance(self, row: int) -> Float[np.ndarray, "w_1 c c"]:
+        """Returns the covariances of a row of positions, in float64."""
+        basis, shrinkage, rest = (np.asarray(a[row], np.float64) for a in (self.basis, self.shrinkage, self.rest))
+        variance = 1 / rest[..., None] ** 2
+        excess = variance * (1 / (1 - shrinkage) ** 2 - 1)
+        along = np.swapaxes(basis, -1, -2) @ (excess[..., None] * basis)
+        return along + variance[..., None] * np.eye(basis.shape[-1])
+
 
 class LeftOut(eqx.Module):
     """Precision of the fit without an image, for this image.
@@ -133,6 +146,8 @@ class PaDiM(AbstractDetector):
     """Mean features of every position."""
     precision: Full | LowRank | LeftOut
     """Precision of the features at every position."""
+    num_images: int | None = eqx.field(static=True, default=None)
+    """Number of images of the fit and of later updates, static; None: unknown."""
     calibration: Calibration | None = None
     """Calibration by :func:`f2pad_jax.fit`; None before the calibration."""
 
@@ -195,12 +210,45 @@ class PaDiM(AbstractDetector):
                 covariance = (squares[block] - t[:, :, None] * t[:, None] / n) / max(n - 1, 1) + REGULARISER * np.eye(c)
                 parts.append(Full.of(covariance) if rank is None else LowRank.of(covariance, rank))
             progress("covariances", h * w, h * w)
-        fields = [
-            jnp.asarray(np.concatenate(field).reshape(h, w, *field[0].shape[1:])) for field in zip(*parts, strict=True)
-        ]
-        precision = Full(*fields) if rank is None else LowRank(*fields)
-        mean = jnp.asarray(mean, jnp.float32)
-        return cls(backbone=backbone, size=images.size, channels=channels, mean=mean, precision=precision)
+        precision, mean = _joined(parts, (h, w)), jnp.asarray(mean, jnp.float32)
+        return cls(backbone, images.size, channels, mean, precision, n)
+
+    def extended(self, images: NormalImages) -> "PaDiM":
+        """Returns the detector with mean and covariance of the images of the fit and these images together.
+
+        Let d = x - mean for each of m new vectors, after n vectors of the fit. The squares about the new mean add up to::
+
+            S' = S + Σ d·dᵀ - (Σ d)·(Σ d)ᵀ / (n + m)
+
+        S is n - 1 times the stored covariance without the regulariser, which is added again at the end. A full covariance
+        equals a refit's up to single precision. For a low rank, S has one mean variance for all directions that were
+        dropped.
+
+        Raises:
+            OptionError: the number of images of the fit is unknown.
+        """
+        n, m, precision = self.num_images, len(images), self.precision
+        if n is None or isinstance(precision, LeftOut):
+            raise OptionError(
+                "the number of images of the fit is unknown, as in a model of anomalib; fit a model to all images"
+            )
+        h, w, c = self.mean.shape
+        key = ("padim", self.backbone.key, tuple(np.concatenate(self.channels)), "kept")
+        features = [images.computed(key, partial(jax.jit(embed), self.backbone, self.channels), i) for i in range(m)]
+        means, parts = [], []
+        with threadpool_limits(1):
+            for row in range(h):
+                mean = np.asarray(self.mean[row], np.float64)
+                d = np.stack([f[row] for f in features], axis=1) - mean[:, None]  # w m c
+                total = d.sum(axis=1)
+                covariance = precision.covariance(row) - REGULARISER * np.eye(c)
+                scatter = (n - 1) * covariance + np.swapaxes(d, 1, 2) @ d - total[:, :, None] * total[:, None] / (n + m)
+                covariance = scatter / (n + m - 1) + REGULARISER * np.eye(c)
+                low = isinstance(precision, LowRank)
+                parts.append(LowRank.of(covariance, precision.basis.shape[2]) if low else Full.of(covariance))
+                means.append(mean + total / (n + m))
+        mean = jnp.asarray(np.stack(means), jnp.float32)
+        return dataclasses.replace(self, mean=mean, precision=_joined(parts, (h, w)), num_images=n + m)
 
     def left_out(self, num_images: int) -> "PaDiM | None":
         """Returns the detector with the precisions of :class:`LeftOut`; None for a low rank or fewer than three images."""
@@ -231,6 +279,12 @@ class PaDiM(AbstractDetector):
         """Returns the coarse map of the distance, the square root of the scores."""
         (scores,) = self.scores(image, self.locate(image, ORIGIN))
         return coarse_map(jnp.sqrt(scores), (image.shape[0], image.shape[1]))
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, ...]], size: tuple[int, int]) -> Full | LowRank:
+    """Returns the precisions of all positions from the precisions of consecutive blocks of positions."""
+    fields = [jnp.asarray(np.concatenate(field).reshape(*size, *field[0].shape[1:])) for field in zip(*parts, strict=True)]
+    return Full(*fields) if len(fields) == 1 else LowRank(*fields)
 
 
 def by_layer(channels: Int[np.ndarray, " c"], backbone: Backbone) -> tuple[Int[Array, " _c_k"], ...]:

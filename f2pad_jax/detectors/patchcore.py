@@ -1,5 +1,6 @@
 """PatchCore (Roth et al., CVPR 2022) in the paper's form: multi-layer features, coreset memory bank, Eq. (4)-(5)."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.spatial.distance import cdist
 
+from f2pad_jax._storage import content_checksum
 from f2pad_jax.backbones.backbone import Backbone
 from f2pad_jax.detectors.base import AbstractDetector, Calibration, NormalImages, coarse_map, extract
 from f2pad_jax.errors import OptionError
@@ -115,6 +117,30 @@ class PatchCore(AbstractDetector):
         progress("memory bank", len(images), len(images))
         return cls(backbone=backbone, size=images.size, memory_bank=jnp.asarray(bank), num_candidates=num_candidates)
 
+    def extended(self, images: NormalImages) -> "PatchCore":
+        """Returns the detector with features of further normal images in its memory bank.
+
+        The greedy selection of the coreset goes on from the present bank: the farthest feature joins, again and again. It
+        ends when all features lie within the bank's spacing. The spacing is the median distance of the bank's features to
+        the nearest other feature. In the mean, at most as many features of an image join as the bank has per image.
+        """
+        normality = self.calibrated.normality
+        per_image = len(self.memory_bank) / max(0 if normality is None else len(normality.scores), 1)
+        radius, most = float(_spacing(self.memory_bank)), int(np.ceil(per_image * len(images)))
+        key = ("patchcore", self.backbone.key, content_checksum({"bank": np.asarray(self.memory_bank)}))
+        features, distances = [], []
+        for i in range(len(images)):
+            found = images.computed(key, partial(_with_distances, self.backbone, self.memory_bank), i)
+            rows = np.argsort(-found[:, -1])[: max(NUM_POINTS // len(images), 1)]
+            rows = rows[found[rows, -1] > radius]  # distances only fall: no other feature would be selected
+            features.append(found[rows, :-1])
+            distances.append(found[rows, -1])
+        points = np.concatenate(features)
+        if not len(points):
+            return self
+        chosen = coreset(points, most, None, distance=np.concatenate(distances), radius=radius)
+        return dataclasses.replace(self, memory_bank=jnp.concatenate([self.memory_bank, points[chosen]]))
+
     def locate(self, image: Float[Array, "h w 3"], corner: Int[Array | np.ndarray, " 2"]) -> Candidates:
         """Returns the candidates M_ij for the first guess n0, here ``image``; they do not depend on ``corner``."""
         del corner
@@ -170,6 +196,23 @@ def _at(backbone: Backbone, image: Float[Array, "h w 3"], rows: Int[Array, " p"]
     return features.reshape(-1, features.shape[-1])[rows]
 
 
+@jax.jit
+def _with_distances(backbone: Backbone, bank: Float[Array, "m c"], image: Float[Array, "h w 3"]) -> Float[Array, "p d"]:
+    """Returns the embedded features at all positions, and the squared distance of each to the bank in the last column."""
+    features = embed(backbone, image)
+    features = features.reshape(-1, features.shape[-1])
+    return jnp.column_stack([features, nearest(features, bank, 1)[0]])
+
+
+@jax.jit
+def _spacing(bank: Float[Array, "m c"]) -> Float[Array, ""]:
+    """Returns the median squared distance of a bank's features to the nearest other feature; 0 for a single feature."""
+    if len(bank) < 2:
+        return jnp.float32(0)
+    _, indices = nearest(bank, bank, 2)
+    return jnp.median(jnp.sum((bank[indices[:, 0]] - bank[indices[:, 1]]) ** 2, axis=-1))
+
+
 def _average(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """Returns 3x3 means with zeros beyond the border, always divided by nine (default of PyTorch's ``avg_pool2d``)."""
     for axis in (0, 1):
@@ -216,7 +259,14 @@ def nearest(
 
 
 def coreset(
-    points: Float[np.ndarray, "n d"], size: int, first: int, progress: Progress = silent, *, batch: int = 512
+    points: Float[np.ndarray, "n d"],
+    size: int,
+    first: int | None,
+    progress: Progress = silent,
+    *,
+    batch: int = 512,
+    distance: Float[np.ndarray, " n"] | None = None,
+    radius: float = -np.inf,
 ) -> Int[np.ndarray, " m"]:
     """Selects points by greedy k-centre (Sener & Savarese 2018, as in PatchCore).
 
@@ -231,9 +281,11 @@ def coreset(
     Args:
         points: vectors between which distances are measured.
         size: number of points to select; all if there are fewer.
-        first: index of the first point.
+        first: index of the first point; None: the farthest one.
         progress: function that receives stage, number of selected points and total.
         batch: number of candidates of a pass.
+        distance: squared distance of each point to points that were selected before; default: there are none.
+        radius: squared distance within which all points are left at the end, if ``size`` allows.
 
     Returns:
         Indices in the order of selection.
@@ -241,17 +293,21 @@ def coreset(
     n, size = len(points), min(size, len(points))
     points = points - points.mean(axis=0)  # centred vectors are shorter, and fewer digits cancel
     norms = np.einsum("nd,nd->n", points, points)
-    distance = np.full(n, np.inf, points.dtype)
-    selected, new = [first], [first]
+    distance = np.full(n, np.inf, points.dtype) if distance is None else distance.copy()
+    selected: list[int] = []
+    new = [] if first is None else [first]
     while True:
+        selected += new
         progress("coreset", len(selected), size)
         if len(selected) == size:
-            return np.asarray(selected)
-        for start in range(0, n, 16384):
+            return np.asarray(selected, int)
+        for start in range(0, n if new else 0, 16384):
             block = slice(start, start + 16384)
             squares = norms[block, None] - 2 * points[block] @ points[new].T + norms[new]
             np.minimum(distance[block], squares.min(axis=1), out=distance[block])
         distance[new] = -np.inf
+        if distance.max() <= radius:
+            return np.asarray(selected, int)
         order = np.argpartition(-distance, min(batch, n - 1))
         candidates, level = order[:batch], distance[order[batch:]].max(initial=-np.inf)
         candidates = candidates[distance[candidates] > -np.inf]
@@ -259,9 +315,8 @@ def coreset(
         new = []
         while len(selected) + len(new) < size and len(new) < len(candidates):
             farthest = int(np.argmax(to_selected))
-            if new and to_selected[farthest] < level:
+            if (new and to_selected[farthest] < level) or to_selected[farthest] <= radius:
                 break
             new.append(int(candidates[farthest]))
             to_selected = np.minimum(to_selected, mutual[farthest])
             to_selected[farthest] = -np.inf
-        selected += new

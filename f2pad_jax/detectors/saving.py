@@ -14,7 +14,7 @@ from f2pad_jax._storage import content_checksum, read_safetensors, write_safeten
 from f2pad_jax._version import __version__
 from f2pad_jax.backbones.backbone import Backbone, load_backbone
 from f2pad_jax.detectors._flow import Coupling, Flow
-from f2pad_jax.detectors.base import AbstractDetector, Calibration, Factors
+from f2pad_jax.detectors.base import AbstractDetector, Added, Calibration, Factors
 from f2pad_jax.detectors.composed import Composed
 from f2pad_jax.detectors.normality import Normality
 from f2pad_jax.detectors.padim import Full, LowRank
@@ -22,12 +22,13 @@ from f2pad_jax.detectors.prior import PixelPrior
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.errors import CheckpointError, ModelError
 
-FORMAT = "f2pad-model-6"
+FORMAT = "f2pad-model-7"
 """Name of the file format, with its version."""
 CLASSES: tuple[type[eqx.Module], ...] = (
     *DETECTORS.values(),
     Composed,
     Calibration,
+    Added,
     Factors,
     Normality,
     PixelPrior,
