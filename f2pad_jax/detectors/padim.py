@@ -211,7 +211,8 @@ class PaDiM(AbstractDetector):
                 parts.append(Full.of(covariance) if rank is None else LowRank.of(covariance, rank))
             progress("covariances", h * w, h * w)
         precision, mean = _joined(parts, (h, w)), jnp.asarray(mean, jnp.float32)
-        return cls(backbone, images.size, channels, mean, precision, n)
+        fields = {"channels": channels, "mean": mean, "precision": precision, "num_images": n}
+        return cls(backbone=backbone, size=images.size, **fields)
 
     def extended(self, images: NormalImages) -> "PaDiM":
         """Returns the detector with mean and covariance of the images of the fit and these images together.
