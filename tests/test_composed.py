@@ -10,7 +10,7 @@ import pytest
 from conftest import SIZE
 from test_saving import same
 
-from f2pad_jax import Settings, fit, load_detector, save_detector
+from f2pad_jax import Settings, fit, load_detector, save_detector, update
 from f2pad_jax.backbones._weight_files import cached_file
 from f2pad_jax.commands import main
 from f2pad_jax.detectors import PaDiM, PatchCore, compose
@@ -92,3 +92,13 @@ def test_each_network_takes_its_weights_from_one_of_several_files(composed, tmp_
     same(load_detector(tmp_path / "model", weights=[other, cached_file("efficientnet-lite0")]), composed)
     with pytest.raises(CheckpointError, match=r"other\.pth"):
         load_detector(tmp_path / "model", weights=[other])
+
+
+def test_both_detectors_learn_from_a_false_alarm(composed, texture):
+    """... an image with another tint, whose like is good afterwards."""
+    tinted = [np.clip(image * np.array([1.0, 0.8, 0.8]), 0, 255).astype(np.uint8) for image in texture.train[:4]]
+    learnt = update(composed, tinted[:3], force=True)
+    assert len(learnt.coarse.memory_bank) > len(composed.coarse.memory_bank)
+    assert learnt.judge.num_images == composed.judge.num_images + 3
+    before, after = (float(look(one, to_unit(tinted[3]), Settings().traced()).score) for one in (composed, learnt))
+    assert after < before

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from f2pad_jax._storage import file_sha256, write_atomically
-from f2pad_jax.commands._console import at_least
+from f2pad_jax.commands._console import add_model_weights, at_least
 from f2pad_jax.commands._settings_file import read_settings
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ModelError, RunError
@@ -59,7 +59,7 @@ def compared(normal: Float[np.ndarray, " n"], late: Float[np.ndarray, " m"]) -> 
     if min(len(good), len(usual)) < 2:
         return Drift(1.0, 0.5, 1.0, float(np.mean(late > 1)))
     test = mannwhitneyu(good, usual, alternative="greater")
-    trend = kendalltau(np.arange(len(good)), good, alternative="greater").pvalue
+    trend: Any = kendalltau(np.arange(len(good)), good, alternative="greater")[1]
     trend = 1.0 if np.isnan(trend) else float(trend)  # all scores are equal
     return Drift(float(test.pvalue), float(test.statistic) / (len(good) * len(usual)), trend, float(np.mean(late > 1)))
 
@@ -73,8 +73,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last", type=at_least(2), default=200, metavar="N", help=text)
     parser.add_argument("--out", type=Path, metavar="FILE", help="page with two charts to write, such as drift.html")
     parser.add_argument("--fail-on-drift", action="store_true", help="exit with status 1 if there is drift")
-    text = "weight file of the model's network (default: the installed one)"
-    parser.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    add_model_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from f2pad_jax._storage import write_atomically
-from f2pad_jax.commands._console import add_false_alarms, add_seed, add_strict, exit_status, make_folder, shown_progress
+from f2pad_jax.commands._console import (
+    add_false_alarms,
+    add_model_weights,
+    add_seed,
+    add_strict,
+    exit_status,
+    make_folder,
+    shown_progress,
+)
 from f2pad_jax.commands._model_files import described_verdict, write_chart
 from f2pad_jax.detectors.base import AbstractDetector, Added
 from f2pad_jax.detectors.patchcore import PatchCore
@@ -27,8 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=text)
     parser.add_argument("--force", action="store_true", help="add images that look defective, too")
     parser.add_argument("--undo", action="store_true", help="put MODEL.before, the model before the last update, in place")
-    text = "weight file of the model's network (default: the installed one)"
-    parser.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    add_model_weights(parser)
     add_false_alarms(parser)
     add_seed(parser)
     add_strict(parser)
@@ -83,7 +90,7 @@ def replace_model(path: Path, detector: AbstractDetector) -> None:
     new.replace(path)
 
 
-def undo(model: Path, weights: Path | None, false_alarms: float) -> None:
+def undo(model: Path, weights: list[Path] | None, false_alarms: float) -> None:
     """Puts the model before the last update in place.
 
     Raises:

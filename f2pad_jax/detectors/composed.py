@@ -69,6 +69,12 @@ class Composed(AbstractDetector):
         """Returns the refreshed context of ``judge``."""
         return self.judge.refresh(image, context)
 
+    def extended(self, images: NormalImages) -> "Composed":
+        """Returns the detector with further normal images in the statistics of both detectors."""
+        pixels = (images.pixels(i) for i in range(len(images)))
+        seen = images if self.coarse.size == images.size else NormalImages(pixels, self.coarse.size)
+        return dataclasses.replace(self, coarse=self.coarse.extended(seen), judge=self.judge.extended(images))
+
     def anomaly_map(self, image: Float[Array, "h w 3"]) -> Float[Array, "h w"]:
         """Returns the map of ``coarse`` at its own size, scaled to the size of the image."""
         seen = normalise(resized(denormalise(image), self.coarse.size))
