@@ -55,7 +55,7 @@ from f2pad_jax.detectors.patchcore import embed, nearest
 from f2pad_jax.images.metrics import iou
 
 SIZE = (128, 160)
-NUM_TRAIN, NUM_NORMAL, NUM_TEST = 24, 16, 8
+NUM_TRAIN, NUM_NORMAL, NUM_TEST = 16, 12, 8
 TOLERANCE = 1e-3
 MODELS = {
     "PaDiM": (Padim, {"layers": ["layer1", "layer2", "layer3"], "n_features": 50}),
