@@ -20,6 +20,8 @@ COMMANDS = {
     "update": "add good images, such as false alarms, to a fitted model, list the added images, or undo the last update",
     "drift": "compare the scores of the last images with those of the normal images of the fit",
     "refine": "mark the anomalous pixels of images; a stopped run continues where it stopped",
+    "serve": "answer images over HTTP with verdict, mask and regions, on this machine",
+    "watch": "mark the anomalous pixels of images as a camera writes them into a folder",
     "make-dataset": "make a data set in MVTec layout by pasting synthetic defects on normal images",
     "evaluate": "measure detectors with and without refinement, as in the paper's tables; a stopped run continues",
     "bench": "measure images per second, and the time of each stage, on this machine; needs a source checkout",

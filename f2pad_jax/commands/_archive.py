@@ -127,7 +127,8 @@ class Archive:
         return [task for task in tasks if not done(*task)]
 
     def add(self, record: Record) -> None:
-        """Adds the record of an image."""
+        """Adds the record of an image; it takes the place of an earlier record of this image."""
+        self.unusable = [other for other in self.unusable if other["name"] != record["name"]]
         if "error" in record:
             self.unusable.append(record)
             self.records.pop(record["name"], None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from f2pad_jax._storage import file_sha256
 from f2pad_jax.commands._archive import Record, Task, file_state
@@ -143,11 +144,7 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
 
     The probability is a grey picture of 16 bits, 65535 for 1: above 32767 is the mask, before regions are dropped.
     """
-    outcome, found = Outcome(int(result.outcome)), find_regions(result)
-    lowest = -math.inf if reported.min_score is None else reported.min_score
-    kept = [region for region in found if region.area >= reported.min_area and region.score >= lowest]
-    height, width = result.mask.shape
-    mask = mask_of(kept, (height, width))
+    figures, mask = judged(result, inpainter, reported)
     files = {kind: f"{name}_{kind}.png" for kind in ("mask", "normal", "overlay")}
     write_png(out / files["mask"], mask)
     write_png(out / files["normal"], np.asarray(result.normal))
@@ -156,12 +153,20 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         files["probability"] = f"{name}_probability.png"
         levels = np.ceil(65535 * np.asarray(result.probability) - 0.5)  # rounded, and one half down
         write_png(out / files["probability"], levels.astype(np.uint16))
-    return {
-        "image": str(path),
-        "name": name,
+    size = {key: figures[key] for key in ("height", "width")}
+    return {"image": str(path), "name": name} | size | files | figures
+
+
+def judged(result: Refined, inpainter: str, reported: Reported) -> tuple[Record, Bool[np.ndarray, "h w"]]:
+    """Returns the figures and regions of a result, and the mask of the regions that are kept."""
+    outcome, found = Outcome(int(result.outcome)), find_regions(result)
+    lowest = -math.inf if reported.min_score is None else reported.min_score
+    kept = [region for region in found if region.area >= reported.min_area and region.score >= lowest]
+    height, width = result.mask.shape
+    mask = mask_of(kept, (height, width))
+    figures = {
         "height": height,
         "width": width,
-        **files,
         "verdict": "defective" if result.defective else "good",
         "score": round(float(result.score), 4),
         "p_value": float(f"{float(result.p_value):.3g}") if np.isfinite(result.p_value) else None,
@@ -179,3 +184,4 @@ def written(path: Path | str, name: str, result: Refined, inpainter: str, out: P
         "dropped_regions": len(found) - len(kept),
         "regions": [described(region, (height, width), reported.mm_per_pixel) for region in kept],
     }
+    return figures, mask

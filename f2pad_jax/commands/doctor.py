@@ -25,6 +25,7 @@ EXTRAS = {
     "fsspec": ("bucket", "images in S3 and other buckets"),
     "ray": ("ray", "'f2pad refine --ray'"),
     "huggingface_hub": ("hub", "weights from the Hugging Face hub"),
+    "fastapi": ("serve", "'f2pad serve' and 'f2pad watch'"),
 }
 """Extras and their uses, by the module that they install."""
 DEFAULT = "efficientnet-lite0"

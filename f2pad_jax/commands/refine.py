@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import dataclasses
 import glob
 import json
 import os
@@ -13,36 +12,30 @@ from typing import Any
 
 import jax
 
-from f2pad_jax._storage import file_sha256, write_atomically
-from f2pad_jax._version import __version__
+from f2pad_jax._storage import write_atomically
 from f2pad_jax.commands._archive import Archive, Record, location
 from f2pad_jax.commands._console import (
     COMPILING,
-    add_false_alarms,
-    add_model_weights,
     add_strict,
-    at_least,
     exit_status,
     make_folder,
-    positive,
     shown_progress,
 )
 from f2pad_jax.commands._ray import ray_workers
-from f2pad_jax.commands._refine_files import Reported, checksum_of, worker
+from f2pad_jax.commands._refine_files import worker
+from f2pad_jax.commands._refine_options import add_method, add_model, method_options, recipe_of
 from f2pad_jax.commands._results_page import write_page, write_sheet
-from f2pad_jax.commands._settings_file import as_toml, read_settings
+from f2pad_jax.commands._settings_file import as_toml
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, check_images, is_address, list_images
 from f2pad_jax.images.pictures import figures
-from f2pad_jax.inpainting._choice import INPAINTERS, full_name
-from f2pad_jax.method.settings import Settings
 from f2pad_jax.regions.formats import FORMATS, write_tables
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model file, from 'f2pad fit' or 'f2pad import'")
+    add_model(parser)
     parser.add_argument(
         "images",
         nargs="+",
@@ -51,13 +44,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         "them from standard input, one a line",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for masks and pictures")
-    add_model_weights(parser)
-    parser.add_argument(
-        "--inpaint",
-        choices=INPAINTERS,
-        default=INPAINTERS[0],
-        help="inpainter that makes the first guess of the normal image (default: %(default)s)",
-    )
     parser.add_argument(
         "--ignore",
         type=Path,
@@ -71,15 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--maps", type=Path, metavar="DIR", help=text)
     text = "folder with a mask NAME.png of the suspect pixels of each image: boxes, points or scribbles, white"
     given.add_argument("--masks", type=Path, metavar="DIR", help=text)
-    add_false_alarms(parser, from_settings=True)
-    text = "settings in a TOML file, such as the settings.toml that every run writes into its output folder"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
-    parser.add_argument(
-        "--lanes",
-        type=int,
-        help="number of lanes: parts of images that are solved side by side "
-        "(default: 1 on each core of a CPU; elsewhere as many as the memory holds, at most 64)",
-    )
+    add_method(parser)
     parser.add_argument(
         "--ray",
         type=int,
@@ -89,12 +67,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     text = f"additional file of the regions for other programs; one or several of {', '.join(FORMATS)}"
     export = {"nargs": "+", "action": "extend", "default": [], "choices": list(FORMATS), "metavar": "FORMAT"}
     parser.add_argument("--export", **export, help=text)
-    text = "least number of pixels of a region; smaller ones are dropped, and counted in the record (default: %(default)s)"
-    parser.add_argument("--min-area", type=at_least(0), default=0, metavar="PIXELS", help=text)
-    text = "least height of the coarse map in a region; others are dropped (default: any)"
-    parser.add_argument("--min-score", type=float, metavar="SCORE", help=text)
-    text = "side of a pixel; regions then have an area in mm² and lengths in mm"
-    parser.add_argument("--mm-per-pixel", type=positive, metavar="MM", help=text)
     text = "print the record of each image as a line of JSON on standard output, and all other lines on standard error"
     parser.add_argument("--json", action="store_true", help=text)
     add_strict(parser)
@@ -118,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         jax.config.update("jax_platforms", "cpu")
     if arguments.history:
         figures()  # raises the error of a missing matplotlib before the first image, not after it
-    inpaint, out = full_name(arguments.inpaint), arguments.out
+    options, out = method_options(arguments), arguments.out
     given = {"ignore": arguments.ignore, "maps": arguments.maps, "masks": arguments.masks}
     given = {name: path and path.absolute() for name, path in given.items()}
     for path in given.values():
@@ -130,20 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImageError("no image is given")
     if given["maps"] is None and given["masks"] is None and detector.calibrated.maps != "own":
         raise OptionError(f"{arguments.model} has no maps of its own; give --maps or --masks")
-    settings = Settings() if arguments.config is None else read_settings(arguments.config)
-    if arguments.false_alarms is not None:
-        settings = dataclasses.replace(settings, false_alarms=arguments.false_alarms)
-    options = {
-        "inpaint": inpaint,
-        "lanes": arguments.lanes,
-        "history": arguments.history,
-        "settings": settings,
-        "reported": Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel, arguments.probability),
-        **given,
-    }
-    recipe = {"version": __version__, "model": str(arguments.model), "sha256": file_sha256(arguments.model)}
-    recipe |= {"inpaint": inpaint, "history": arguments.history, "settings": settings.described()}
-    recipe |= options["reported"]._asdict() | {name: checksum_of(path) for name, path in given.items()}
+    options |= {"history": arguments.history, **given}
+    options["reported"] = options["reported"]._replace(probability=arguments.probability)
+    recipe = recipe_of(arguments.model, options)
     make_folder(out)
     console = sys.stderr if arguments.json else sys.stdout
     with Archive(out, recipe) as archive:
@@ -157,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
                     if folder is not None:
                         beside(folder, name, suffixes)
         waiting = archive.missing(tasks)
-        write_atomically(out / "settings.toml", as_toml(settings).encode())
+        write_atomically(out / "settings.toml", as_toml(options["settings"]).encode())
         if waiting:
             print(COMPILING, file=console)
         if arguments.json:

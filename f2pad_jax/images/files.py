@@ -26,7 +26,9 @@ WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 """Values of white that files with more than 8 bits have: of floats, and of 8 to 16 bits."""
 
 
-def read_image(path: str | Path, *, white: float | int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(
+    path: str | Path, *, white: float | int | None = None, data: bytes | None = None, max_pixels: int | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file as 8-bit RGB, rotated according to its EXIF data.
 
     Grey becomes three equal channels, alpha is dropped, a palette is looked up. Pixels with more than 8 bits are scaled by
@@ -36,12 +38,14 @@ def read_image(path: str | Path, *, white: float | int | None = None) -> UInt8[n
         path: file, or address in a bucket, such as ``s3://bucket/part.png`` (extra ``bucket``).
         white: value of white in files with more than 8 bits, such as 4095 for a camera of 12 bits. :func:`check_images`
             finds it.
+        data: content of the file, if it is in memory already; ``path`` is then only the name of the image in errors.
+        max_pixels: largest number of pixels; a larger image is refused before it is decoded. Default: Pillow's limit.
 
     Raises:
         ImageError: the file is missing, not an image, damaged or too large, or has several pages. Or a side is under 16
             pixels, a pixel is negative or above the white level, or there is no white level.
     """
-    values, stated = _decoded(path)
+    values, stated = _decoded(path, data, max_pixels)
     white = white or stated or (65535.0 if values.dtype == np.uint16 else None)
     _check(path, values, white)
     if values.dtype != np.uint8 and white is not None:
@@ -88,14 +92,19 @@ def _check(path: str | Path, values: Shaped[np.ndarray, "h w *c"], white: float 
         raise ImageError(f"{path}: {found}; white is {white or 'unknown'}: state another value")
 
 
-def _decoded(path: str | Path) -> tuple[Shaped[np.ndarray, "h w *c"], float | None]:
+def _decoded(
+    path: str | Path, data: bytes | None = None, max_pixels: int | None = None
+) -> tuple[Shaped[np.ndarray, "h w *c"], float | None]:
     """Returns the pixels of a file as they are stored, and the value of white that the file states, if any.
 
     Raises:
         ImageError: the file is missing, not an image, damaged or too large, or has several pages.
     """
     try:
-        with _read_bytes(path) as file, PIL.Image.open(file) as opened:
+        with _read_bytes(path) if data is None else io.BytesIO(data) as file, PIL.Image.open(file) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                found = f"{opened.width}x{opened.height} pixels"
+                raise ImageError(f"{path}: {found}; at most {max_pixels} pixels are allowed: cut it into smaller images")
             return pixels_of(opened, file)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
@@ -224,7 +233,7 @@ def _in_files(source: Path) -> tuple[bool, list[tuple[Path, Path]]]:
         subfolders[:] = [name for name in subfolders if Path(folder, name).resolve() not in seen]  # no loops
         above |= {Path(folder, name): seen | {Path(folder, name).resolve()} for name in subfolders}
     images = ((path, path.relative_to(source)) for path in files)
-    return True, [(path, relative) for path, relative in images if _named_as_image(relative) and path.is_file()]
+    return True, [(path, relative) for path, relative in images if named_as_image(relative) and path.is_file()]
 
 
 def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
@@ -235,10 +244,11 @@ def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:
     if files == [root]:
         return True, [(address, Path(Path(root).name))]
     addresses = ((system.unstrip_protocol(file), Path(file).relative_to(root)) for file in files)
-    return bool(files), [(file, relative) for file, relative in addresses if _named_as_image(relative)]
+    return bool(files), [(file, relative) for file, relative in addresses if named_as_image(relative)]
 
 
-def _named_as_image(relative: Path) -> bool:
+def named_as_image(relative: Path) -> bool:
+    """Returns whether a path relative to a folder has one of :data:`SUFFIXES`, and neither file nor folder is hidden."""
     return relative.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in relative.parts)
 
 

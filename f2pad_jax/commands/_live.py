@@ -1,0 +1,88 @@
+"""Stream of images that arrive one at a time, from any thread, as in a server."""
+
+import collections
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from f2pad_jax.errors import F2padError
+from f2pad_jax.method.algorithm import Refined
+
+Job = tuple[Any, "Future[Refined]"]
+"""Image and its result to be."""
+
+
+class Live:
+    """Queue of images in front of one call of ``refine_many``, which a thread of its own serves.
+
+    Images fill the lanes in the order in which they arrive. If the call fails, the images inside it get the error. A new
+    call goes on with the queue.
+    """
+
+    def __init__(self, refine: Callable[..., Iterator[Refined]]):
+        self._refine = refine
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._taken: collections.deque[Future[Refined]] = collections.deque()
+        """Results that the present call owes, in their order."""
+        self._changing = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="f2pad-live", daemon=True)
+        self._thread.start()
+
+    def submit(self, image: Any) -> "Future[Refined]":
+        """Queues an image, and returns its result to be; the result is an F2padError for an image that can't be used."""
+        result: Future[Refined] = Future()
+        self._waiting.put((image, result))
+        return result
+
+    def close(self) -> None:
+        """Refines the images of the queue, and ends."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while not self._refine_until_failure():
+            pass
+
+    def _refine_until_failure(self) -> bool:
+        """Refines until the stream is closed, or until the call fails; returns whether the stream is closed."""
+        taken = self._taken = collections.deque()
+        try:
+            for result in self._refine(self._images(taken), on_error=lambda _, error: taken.popleft().set_exception(error)):
+                taken.popleft().set_result(result)
+            return True
+        except Exception as error:
+            logging.getLogger(__name__).exception("refining failed, and starts again")
+            with self._changing:
+                self._taken = collections.deque()
+            if not taken:  # the call took no image: without an answer to the next one it would fail for ever
+                job = self._waiting.get()
+                if job is None:
+                    return True
+                taken.append(job[1])
+            for result in taken:
+                result.set_exception(error)
+            return False
+
+    def _images(self, taken: "collections.deque[Future[Refined]]") -> Iterator[Any]:
+        """Yields the images of the queue, and notes in ``taken`` which results are owed."""
+        while True:
+            job = self._waiting.get()
+            with self._changing:
+                if taken is not self._taken:  # this call has failed; the image is for the next call
+                    self._waiting.put(job)
+                    return
+                if job is None:
+                    return
+                image, result = job
+                if not result.set_running_or_notify_cancel():
+                    continue
+                taken.append(result)
+            yield image
+
+
+def reason(error: BaseException) -> str:
+    """Returns an error in one line."""
+    return str(error) if isinstance(error, F2padError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
