@@ -75,6 +75,7 @@ class Live:
                     self._waiting.put(job)
                     return
                 if job is None:
+                    self._waiting.put(None)  # for the next call, if this one fails before its end
                     return
                 image, result = job
                 if not result.set_running_or_notify_cancel():

@@ -110,7 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
     with Archive(out, recipe) as archive:
         own = archive.files()
         found = [(path, relative) for path, relative in found if location(path) not in own]
-        tasks = [(path, name) for (path, _), name in zip(found, result_names(distinct(found)), strict=True)]
+        names = zip(found, result_names(distinct(found)), strict=True)
+        kept = {place: name for name, place in archive.planned.items()}
+        tasks = [(path, kept.get(location(path), name)) for (path, _), name in names]
         if arguments.strict:
             check_images((path for path, _ in tasks), strict=True)
             for folder, suffixes in ((given["maps"], MAP_SUFFIXES), (given["masks"], SUFFIXES)):

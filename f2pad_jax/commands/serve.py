@@ -23,11 +23,12 @@ from f2pad_jax._version import __version__
 from f2pad_jax.commands._archive import Record
 from f2pad_jax.commands._console import at_least
 from f2pad_jax.commands._live import Live, reason
-from f2pad_jax.commands._refine_files import judged
+from f2pad_jax.commands._refine_files import ALL, Reported, judged
 from f2pad_jax.commands._refine_options import add_method, add_model, detector_with_maps, method_options
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import F2padError, OptionError
 from f2pad_jax.images.files import read_image
+from f2pad_jax.inpainting._choice import INPAINTERS
 from f2pad_jax.method.algorithm import Refined
 from f2pad_jax.refinement import refine_many
 from f2pad_jax.regions.measure import run_lengths
@@ -107,8 +108,8 @@ def application(
     root: Path | None = None,
     example: UInt8[np.ndarray, "h w 3"] | None = None,
     limits: Limits = LIMITS,
-    reported: Any,
-    inpaint: str,
+    reported: Reported = ALL,
+    inpaint: str = INPAINTERS[0],
     **options: Any,
 ) -> Any:
     """Returns the service as a FastAPI application, whose images go through the lanes of one stream.
@@ -253,7 +254,7 @@ def read_inside(root: Path | None, path: str, max_bytes: int) -> bytes:
         raise Refusal(404, f"{path}: can't be read ({reason(error)})") from None
 
 
-def answer(name: str, result: Refined, inpaint: str, reported: Any, form: MaskForm) -> Record:
+def answer(name: str, result: Refined, inpaint: str, reported: Reported, form: MaskForm) -> Record:
     """Returns the record of an image, as ``f2pad refine --json`` prints it, with the mask in place of the files."""
     figures, mask = judged(result, inpaint, reported)
     return {"image": name, "name": Path(name).stem} | ({} if form == "none" else {"mask": encoded(mask, form)}) | figures
