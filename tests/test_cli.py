@@ -78,7 +78,7 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
     grey = np.asarray(rgb.convert("L"))
     inputs = {
         "colour/a.png": rgb.resize((130, 110)),
-        "grey/a.png": rgb.convert("L"),
+        "grey/a.tif": rgb.convert("L"),
         "alpha.png": rgb.convert("RGBA"),
         "palette.png": rgb.quantize(64),
         "deep.png": PIL.Image.fromarray(grey.astype(np.uint16) * 257),
@@ -101,6 +101,7 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
         assert (mask > 0).sum() == records[name]["anomalous_pixels"]
         probability = np.asarray(PIL.Image.open(out / records[name]["probability"]))
         np.testing.assert_array_equal(probability > 32767, mask > 0)
+        assert ("input" in records[name]) == (name == "grey/a.tif")  # browsers show no TIFF
         assert records[name]["inpainter"] == "exemplar" and records[name]["sparsity"] == Settings().sparsity
     assert records["colour/a.png"]["anomalous_pixels"] > 0
     assert records["good.png"]["outcome"] == "nothing_to_refine" and records["good.png"]["anomalous_pixels"] == 0
@@ -109,6 +110,8 @@ def test_refine_writes_masks_at_each_input_s_own_size(model, texture, tmp_path, 
         assert (record["anomalous_pixels"] > 0) == (record["verdict"] == "defective")
     with PIL.Image.open(out / "sheet.jpg") as sheet:  # six images side by side; the highest score comes first, in red
         assert sheet.size == (6 * 228 + 8, 8 + 220 + 20 + 8)
+        with PIL.Image.open(out / "grey/a_input.png") as shown:
+            np.testing.assert_allclose(np.asarray(shown)[..., 0], np.asarray(inputs["grey/a.tif"]), atol=1)
         for number, verdict in ((0, "defective"), (5, "good")):
             caption = np.asarray(sheet)[230:246, 8 + 228 * number : 220 + 228 * number].astype(int)
             assert (caption[..., 0] > caption[..., 1] + 60).any() == (verdict == "defective")

@@ -21,7 +21,16 @@ Task = tuple[Path | str, str]
 """Path of an image, or its address in a bucket, and the name of its results."""
 Record = dict[str, Any]
 """Figures of one image and the names of its files, as ``results.json`` has them; or the error of an image."""
-ENDINGS = ("_mask.png", "_normal.png", "_overlay.png", "_probability.png", "_history.csv", "_history.gif", "_history.png")
+ENDINGS = (
+    "_input.png",
+    "_mask.png",
+    "_normal.png",
+    "_overlay.png",
+    "_probability.png",
+    "_history.csv",
+    "_history.gif",
+    "_history.png",
+)
 """Ends of the names of an image's files."""
 OTHERS = ("results.json", "results.csv", "regions.csv", "report.html", "sheet.jpg", "settings.toml", "regions.geojson")
 """Files of the whole archive that no other program may have written before its first run."""

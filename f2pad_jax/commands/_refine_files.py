@@ -14,8 +14,8 @@ from f2pad_jax.commands._archive import Record, Task, file_state
 from f2pad_jax.data.mvtec import read_mask
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import ImageError
-from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, read_image, read_map, write_png
-from f2pad_jax.images.pictures import overlay
+from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, is_address, read_image, read_map, write_png
+from f2pad_jax.images.pictures import overlay, to_uint8
 from f2pad_jax.inpainting._choice import INPAINTERS
 from f2pad_jax.method.algorithm import Refined
 from f2pad_jax.method.history import history as trace
@@ -41,6 +41,8 @@ class Reported(NamedTuple):
     """Whether the probability of each pixel is written as well."""
 
 
+SHOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+"""Suffixes of images that a browser shows, if their pixels have 8 bits. The others get a copy for the page."""
 ALL = Reported()
 """All regions, in pixels."""
 
@@ -102,7 +104,11 @@ def worker(
                 past.save_csv(out / f"{name}_history.csv")
                 past.save_animation(out / f"{name}_history.gif")
                 past.save_figure(out / f"{name}_history.png")
-            yield written(path, name, result, inpaint, out, reported) | {"file": states[number]}
+            record = written(path, name, result, inpaint, out, reported)
+            if detector.calibrated.white is not None or is_address(path) or Path(path).suffix.lower() not in SHOWN:
+                record["input"] = f"{name}_input.png"
+                write_png(out / record["input"], to_uint8(np.asarray(result.normal + result.anomaly)))
+            yield record | {"file": states[number]}
         for number, error in failed.items():
             yield {"image": str(ready[number][0]), "name": ready[number][1], "error": str(error)}
 

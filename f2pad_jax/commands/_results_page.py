@@ -1,4 +1,4 @@
-"""Page of a run of ``f2pad refine``, for a browser without a network, and a sheet of its highest scores."""
+"""Page of an output folder, for a browser without a network, and a sheet of its highest scores."""
 
 import io
 import os
@@ -12,8 +12,8 @@ import PIL.Image
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.evaluation.report import script_data
-from f2pad_jax.images.files import is_address
 from f2pad_jax.images.pictures import contact_sheet
+from f2pad_jax.regions.formats import write_tables
 
 TEMPLATE = Path(__file__).with_name("results.html")
 """Page with a place for the records."""
@@ -25,6 +25,13 @@ ON_SHEET = 60
 """Largest number of images on the sheet."""
 COLOURS = {"defective": "#c11", "good": "#176"}
 """Colour of each verdict on the sheet."""
+
+
+def write_views(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Writes the tables, the page and the sheet of all images."""
+    write_tables(records, out)
+    write_page(records, out)
+    write_sheet(records, out)
 
 
 def write_page(records: Sequence[dict[str, Any]], out: Path) -> Path:
@@ -46,8 +53,7 @@ def write_sheet(records: Sequence[dict[str, Any]], out: Path) -> None:
 
 def _entry(record: dict[str, Any], out: Path) -> dict[str, Any]:
     files = {"overlay": record["overlay"], "mask": record["mask"], "restored": record["normal"]}
-    if not is_address(record["image"]):
-        files["input"] = os.path.relpath(record["image"], out)
+    files["input"] = record.get("input") or os.path.relpath(record["image"], out)
     regions = [{key: region[key] for key in OF_REGION if key in region} for region in record["regions"]]
     pictures = {name: quote(Path(file).as_posix()) for name, file in files.items()}
     return {key: record[key] for key in SHOWN} | {"pictures": pictures, "regions": regions}

@@ -24,13 +24,13 @@ from f2pad_jax.commands._console import (
 from f2pad_jax.commands._ray import ray_workers
 from f2pad_jax.commands._refine_files import worker
 from f2pad_jax.commands._refine_options import add_method, add_model, method_options, recipe_of
-from f2pad_jax.commands._results_page import write_page, write_sheet
+from f2pad_jax.commands._results_page import write_views
 from f2pad_jax.commands._settings_file import as_toml
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import MAP_SUFFIXES, SUFFIXES, beside, check_images, is_address, list_images
 from f2pad_jax.images.pictures import figures
-from f2pad_jax.regions.formats import FORMATS, write_tables
+from f2pad_jax.regions.formats import FORMATS
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -145,9 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(text, file=sys.stderr)
                 raise
     results = archive.results()
-    write_tables(results["images"], out)
-    write_page(results["images"], out)
-    write_sheet(results["images"], out)
+    write_views(results["images"], out)
     for name in arguments.export:
         FORMATS[name](results["images"], out)
     status = exit_status(record["error"] for record in archive.unusable)

@@ -16,12 +16,11 @@ from f2pad_jax.commands._archive import Archive, Record, Task, file_state, locat
 from f2pad_jax.commands._console import make_folder, positive
 from f2pad_jax.commands._refine_files import Work, worker
 from f2pad_jax.commands._refine_options import add_method, add_model, detector_with_maps, method_options, recipe_of
-from f2pad_jax.commands._results_page import write_page
+from f2pad_jax.commands._results_page import write_views
 from f2pad_jax.commands._settings_file import as_toml
 from f2pad_jax.commands.refine import print_json, summary
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images.files import list_images, named_as_image
-from f2pad_jax.regions.formats import write_tables
 
 BATCH = 64
 """Largest number of images that are refined before the folder is looked at again."""
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"watching {folder}; Ctrl-C ends", file=sys.stderr, flush=True)
         for record in refined(folder, archive, worker(detector, out, **options), settle=arguments.settle, stop=stop):
             show(record, as_json=arguments.json)
-    write_tables_of(archive)
+    write_views(archive.results()["images"], archive.out)
     print(summary(archive.results(), out), file=sys.stderr if arguments.json else sys.stdout)
 
 
@@ -211,16 +210,9 @@ class Publishing:
         if began < self.due or self.archive.num_refined == self.num_written:
             return
         self.archive.write()
-        write_tables_of(self.archive)
+        write_views(self.archive.results()["images"], self.archive.out)
         self.num_written, ended = self.archive.num_refined, time.monotonic()
         self.due = ended + max(PUBLISH_S, (ended - began) / PUBLISH_SHARE)
-
-
-def write_tables_of(archive: Archive) -> None:
-    """Writes the tables and the page of all images."""
-    images = archive.results()["images"]
-    write_tables(images, archive.out)
-    write_page(images, archive.out)
 
 
 def show(record: Record, *, as_json: bool) -> None:

@@ -16,6 +16,6 @@ from f2pad_jax.detectors.updating import update
 
 __all__ = [
     "DETECTORS", "AbstractDetector", "Added", "CFlow", "Calibration", "Composed", "NormalImages", "Normality", "PaDiM",
-    "PatchCore", "PixelPrior", "calibrate", "compose", "fit", "fit_prior", "load_anomalib", "load_detector", "save_detector",
-    "update",
+    "PatchCore", "PixelPrior", "calibrate", "compose", "fit", "fit_prior", "load_anomalib", "load_detector",
+    "save_detector", "update",
 ]  # fmt: skip
