@@ -58,9 +58,9 @@ def compared(normal: Float[np.ndarray, " n"], late: Float[np.ndarray, " m"]) -> 
     good, usual = late[late <= 1], normal[normal <= 1]
     if min(len(good), len(usual)) < 2:
         return Drift(1.0, 0.5, 1.0, float(np.mean(late > 1)))
-    test = mannwhitneyu(good, usual, alternative="greater")
-    trend: Any = kendalltau(np.arange(len(good)), good, alternative="greater")[1]
-    trend = 1.0 if np.isnan(trend) else float(trend)  # all scores are equal
+    test: Any = mannwhitneyu(good, usual, alternative="greater")
+    rising: Any = kendalltau(np.arange(len(good)), good, alternative="greater")
+    trend = 1.0 if np.isnan(rising.pvalue) else float(rising.pvalue)  # all scores are equal
     return Drift(float(test.pvalue), float(test.statistic) / (len(good) * len(usual)), trend, float(np.mean(late > 1)))
 
 
