@@ -1,5 +1,6 @@
 """Files: atomic writes, checksums and safetensors."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -11,6 +12,18 @@ import safetensors
 import safetensors.numpy
 
 from f2pad_jax.errors import CheckpointError
+
+
+def regular(path: str | Path) -> Path:
+    """Returns the path of a file, and refuses a pipe or a device, whose reading may never end.
+
+    Raises:
+        OSError: the path is a pipe, a device or a socket.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return path
 
 
 def content_checksum(tensors: Mapping[str, np.ndarray], **texts: str) -> str:
@@ -29,7 +42,7 @@ def content_checksum(tensors: Mapping[str, np.ndarray], **texts: str) -> str:
 
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -68,16 +81,22 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary file beside ``path``, then renames the file."""
+    """Writes to a temporary file beside ``path``, then renames the file.
+
+    Raises:
+        OSError: the file can't be written, for example on a full disk; the error names ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -3,6 +3,11 @@
 __all__ = ["CheckpointError", "DepthError", "F2padError", "ImageError", "ModelError", "OptionError", "RunError"]
 
 
+def one_line(error: object) -> str:
+    """Returns a message with escapes in place of line ends and other characters that a console does not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+
+
 class F2padError(Exception):
     """Base of all errors raised on purpose; the command prints its text and exits with 2."""
 

@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(root, tmp_path):
     with pytest.raises(ImageError, match="no such file"):
         read_mask(root / "nothing.png")
     (root / "text.png").write_text("no image")
-    with pytest.raises(ImageError, match="no image"):
+    with pytest.raises(ImageError, match="not an image"):
         read_mask(root / "text.png")
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from f2pad_jax._storage import regular
 from f2pad_jax.errors import CheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -30,6 +31,8 @@ _LEGACY_PROTOCOL = 1001
 _MAX_TUPLES = 30_000
 """Limit per pickle; a tensor takes four or five tuples."""
 _MAX_CLASSES = 1000
+_MAX_RATIO = 20
+"""Largest ratio of the contents of a file to its size, where PyTorch has 1: it compresses nothing."""
 _FORMAT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 _STORAGES: dict[str, np.dtype] = {
@@ -231,13 +234,13 @@ def _read(path: str | Path, *, strict: bool) -> tuple[dict[str, np.ndarray], dic
     path = Path(path)
     storages: dict[str, _Storage] = {}
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
                 root = _read_zip(file, storages, path.stat().st_size, strict)
             else:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     root = _read_legacy(content, storages)
-        return _arrays(root), root
+        return _arrays(root, _MAX_RATIO * path.stat().st_size), root
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such weight file") from None
     except pickle.UnpicklingError as error:
@@ -255,6 +258,8 @@ def _read_zip(file: IO[bytes], storages: dict[str, _Storage], size: int, strict:
             raise ValueError("the archive holds no data.pkl")
         if any(member.compress_size > size for member in archive.infolist()):
             raise EOFError
+        if sum(member.file_size for member in archive.infolist()) > _MAX_RATIO * size + 2**20:
+            raise pickle.UnpicklingError("it is far larger when it is unpacked")
         folder = names[0].removesuffix("data.pkl")
         if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
@@ -290,7 +295,8 @@ def _read_legacy(file: mmap.mmap, storages: dict[str, _Storage]) -> Any:
     return root
 
 
-def _arrays(root: Any) -> dict[str, np.ndarray]:
+def _arrays(root: Any, most_bytes: int) -> dict[str, np.ndarray]:
+    """Returns copies of the tensors of a dictionary, which together have at most this number of bytes."""
     if isinstance(root, dict) and not any(isinstance(value, _Tensor) for value in root.values()):
         root = next((root[key] for key in ("state_dict", "model") if key in root), root)
     if not isinstance(root, dict):
@@ -305,6 +311,9 @@ def _arrays(root: Any) -> dict[str, np.ndarray]:
         if data is None:
             raise EOFError
         strides = [s * data.itemsize for s in tensor.stride]
+        most_bytes -= math.prod(tensor.shape) * data.itemsize
+        if most_bytes < 0:
+            raise pickle.UnpicklingError("its tensors are far larger than the file")
         if 0 in tensor.shape:
             arrays[name] = np.zeros(tensor.shape, data.dtype)
         else:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from f2pad_jax._version import __version__
-from f2pad_jax.errors import F2padError
+from f2pad_jax.errors import F2padError, one_line
 
 COMMANDS = {
     "demo": "try the method on photographs of three textures, and compare the refined masks with the coarse masks",
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except F2padError as error:
-        print(f"f2pad: error: {error}", file=sys.stderr)
+        print(f"f2pad: error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"f2pad: error: {place}{error.strerror or error}", file=sys.stderr)
+        print(f"f2pad: error: {one_line(f'{place}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except (RuntimeError, AssertionError) as error:
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):

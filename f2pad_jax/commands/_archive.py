@@ -1,19 +1,20 @@
 """Output folder of ``f2pad refine``: an archive of the results of all runs that wrote into it.
 
-Its journal, ``results.jsonl``, has a line for each image that is done. A stopped, repeated or larger run does only the
-images that are missing or have changed. ``results.json`` is written from the journal at the end of every run.
+Its journal, ``results.jsonl``, has a line for each image that is done, each with a checksum. A stopped, repeated or larger
+run does only the images that are missing or have changed. ``results.json`` is written from the journal at the end of every run.
 """
 
+import contextlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import regular, write_atomically
+from f2pad_jax.commands._console import only_writer
 from f2pad_jax.errors import F2padError, RunError
 from f2pad_jax.images.files import is_address, state_of
 
@@ -32,6 +33,8 @@ ENDINGS = (
     "_history.png",
 )
 """Ends of the names of an image's files."""
+CHECKSUM = "crc32"
+"""Key of a line's checksum in the journal."""
 OTHERS = ("results.json", "results.csv", "regions.csv", "report.html", "sheet.jpg", "settings.toml", "regions.geojson")
 """Files of the whole archive that no other program may have written before its first run."""
 
@@ -54,54 +57,69 @@ class Archive:
         """Images of this run that can't be used."""
         self.num_refined = 0
         self.journal = out / "results.jsonl"
-        self.lock = filelock.FileLock(out / "results.lock")
+        self.lock = contextlib.ExitStack()
 
     def __enter__(self) -> "Archive":
-        try:
-            self.lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise RunError(f"{self.out}: another run is writing into this folder") from None
-        try:
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(only_writer(self.out))
             self._read()
-        except BaseException:
-            self.lock.release()
-            raise
+            self.lock = lock.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.planned:
-            self.write()
-        self.lock.release()
+        with self.lock:
+            if self.planned:
+                self.write()
 
     def _read(self) -> None:
-        """Reads the journal, and drops a line in which a run was stopped."""
+        """Reads the journal, and drops a line in which a run was stopped.
+
+        Raises:
+            RunError: the journal is damaged, or of a run with other options; or a file is another program's.
+        """
         if not self.journal.exists():
             for name in OTHERS:
                 if (self.out / name).exists():
                     raise RunError(f"{self.out / name}: not written by 'f2pad refine'; choose another folder")
             self._log({"recipe": self.recipe})
             return
-        lines = []
-        for line in self.journal.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        lines = self._lines()
         recipe = lines[0].get("recipe", {}) if lines else self.recipe
         differing = [key for key in {**recipe, **self.recipe} if key != "model" and recipe.get(key) != self.recipe.get(key)]
         if len(lines) < 2:  # no image was begun
             lines = [{"recipe": self.recipe}]
         elif differing:
             raise RunError(f"{self.out}: holds results of a run with another {', '.join(differing)}; choose another folder")
-        write_atomically(self.journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomically(self.journal, "".join(map(_signed, lines)).encode())
         for line in lines[1:]:
             self.planned |= line.get("planned", {})
             if "name" in line:
                 self.records[line["name"]] = line
 
+    def _lines(self) -> list[Record]:
+        """Returns the lines of the journal, without an unfinished last line.
+
+        Raises:
+            RunError: a line is none that :meth:`_log` wrote.
+        """
+        text, lines = regular(self.journal).read_bytes(), []
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):  # a run was stopped here
+                break
+            try:
+                record = json.loads(line)
+                record.pop(CHECKSUM)
+                sound = _signed(record).encode() == line
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                sound = False
+            if not sound:
+                raise RunError(f"{self.journal}: line {number} is damaged; choose another folder")
+            lines.append(record)
+        return lines
+
     def _log(self, line: Record) -> None:
         with self.journal.open("a") as journal:
-            journal.write(json.dumps(line) + "\n")
+            journal.write(_signed(line))
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the files that runs into this folder write: they are no images."""
@@ -164,6 +182,11 @@ class Archive:
         write_atomically(
             self.out / "results.json", f'{json.dumps(results, indent=2)[:-2]},\n  "images": [\n{images}\n  ]\n}}'.encode()
         )
+
+
+def _signed(line: Record) -> str:
+    """Returns a line of the journal: JSON that ends with its own checksum."""
+    return json.dumps(line | {CHECKSUM: zlib.crc32(json.dumps(line).encode())}) + "\n"
 
 
 def location(path: Path | str) -> str:

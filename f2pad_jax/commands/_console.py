@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import filelock
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from f2pad_jax.errors import OptionError
+from f2pad_jax.errors import OptionError, RunError, one_line
 from f2pad_jax.method.settings import Settings
 from f2pad_jax.progress import Progress
 
@@ -103,7 +104,7 @@ def exit_status(errors: Iterable[object]) -> int:
     """Prints the errors of images that can't be used; returns the exit status, 3 if there is one, else 0."""
     status = 0
     for error in errors:
-        print(f"f2pad: error: {error}", file=sys.stderr)
+        print(f"f2pad: error: {one_line(error)}", file=sys.stderr)
         status = 3
     return status
 
@@ -164,6 +165,28 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise OptionError(f"{path}: not a folder; --out must name a folder that exists or can be made") from None
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Holds the lock of an output folder or file, into which no other process writes meanwhile.
+
+    The lock is a file in the folder or beside the file, deleted at the end. The lock of a killed process is free.
+
+    Raises:
+        RunError: another process holds the lock.
+    """
+    lock = out / "results.lock" if out.is_dir() else out.with_name(f"{out.name}.lock")
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise RunError(f"{out}: another run is writing there") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: a process that waits at the old file sees that it is gone
+        held.release()
 
 
 @contextlib.contextmanager

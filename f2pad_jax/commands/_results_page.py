@@ -55,5 +55,5 @@ def _entry(record: dict[str, Any], out: Path) -> dict[str, Any]:
     files = {"overlay": record["overlay"], "mask": record["mask"], "restored": record["normal"]}
     files["input"] = record.get("input") or os.path.relpath(record["image"], out)
     regions = [{key: region[key] for key in OF_REGION if key in region} for region in record["regions"]]
-    pictures = {name: quote(Path(file).as_posix()) for name, file in files.items()}
+    pictures = {name: quote(os.fsencode(Path(file).as_posix())) for name, file in files.items()}
     return {key: record[key] for key in SHOWN} | {"pictures": pictures, "regions": regions}

@@ -1,6 +1,7 @@
 """Settings in a TOML file: ``f2pad refine --config FILE`` reads one, and every run writes its own."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -10,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 
+from f2pad_jax._storage import regular
 from f2pad_jax.errors import OptionError
 from f2pad_jax.method.decision import Mixture, Residual
 from f2pad_jax.method.settings import Settings
@@ -40,8 +42,8 @@ def read_settings(path: Path) -> Settings:
         OptionError: the file is missing or no TOML, or it has an unknown constant, a wrong type, or an unknown class.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # a whole number of 4300 digits is a ValueError
         raise OptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     preset = table.pop("preset", "default")
     try:
@@ -91,16 +93,23 @@ def _constant(new: Any, kinds: Sequence[Any], where: str) -> Any:
             return None
         case bool() if bool in kinds:
             return new
-        case int() if not isinstance(new, bool) and int in kinds and new >= 0:
+        case int() if not isinstance(new, bool) and int in kinds and 0 <= new < 2**31:
             return new
-        case int() | float() if not isinstance(new, bool) and float in kinds:
+        case int() | float() if not isinstance(new, bool) and float in kinds and _is_number(new):
             return float(new)
         case list():
             for kind in (kind for kind in kinds if typing.get_origin(kind) is tuple):
-                if len(new) == len(typing.get_args(kind)) and all(type(item) in (int, float) for item in new):
+                if len(new) == len(typing.get_args(kind)) and all(map(_is_number, new)):
                     return tuple(map(float, new))
     expected = " or ".join(_NAMES.get(kind, "a table") for kind in kinds if _named(kind)) or "a list of this length"
     raise OptionError(f"{where}: {new!r} is not {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value of the file is a number that 64 bits hold; NaN is none, infinity is one."""
+    if type(value) is float:
+        return not math.isnan(value)
+    return type(value) is int and abs(value) < 2**63
 
 
 _NAMES = {bool: "true or false", int: "a whole number of at least 0", float: "a number", type(None): '"none"'}

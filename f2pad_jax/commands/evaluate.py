@@ -11,6 +11,7 @@ from f2pad_jax.commands._console import (
     at_least,
     exit_status,
     make_folder,
+    only_writer,
     shown_progress,
 )
 from f2pad_jax.data.mvtec import HALVES
@@ -87,7 +88,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the evaluation, prints the tables and writes the report; the exit status is 3 if an image can't be used."""
     make_folder(arguments.out)
-    with shown_progress() as progress:
+    with only_writer(arguments.out), shown_progress() as progress:
         records = evaluate(
             arguments.root,
             arguments.out,
@@ -109,9 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             progress=progress,
         )
-    tables = write_tables(arguments.out, records)[0]
+        tables = write_tables(arguments.out, records)[0]
+        report = write_report(arguments.out)
     print(tables.read_text())
-    report = write_report(arguments.out)
     print(
         f"{report} shows every image; its folder also holds tables.md, timing.md, results.json, results.csv and pictures/"
     )

@@ -21,6 +21,7 @@ from f2pad_jax.commands._console import (
     add_size,
     add_strict,
     add_white,
+    only_writer,
     shown_progress,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images, write_chart
@@ -108,12 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     images = (read_image(path, white=white) for path in paths)
-    with shown_progress() as progress:
+    with only_writer(arguments.out), shown_progress() as progress:
         if arguments.tune:
             detector, trials = tune(method, images, backbone, progress=progress, **options)
         else:
             detector, trials = fitting.fit(method, images, backbone, progress=progress, **options), []
-    save_detector(arguments.out, detector)
+        save_detector(arguments.out, detector)
     if trials:
         print(trials_table(trials))
     print(f"{arguments.out}: {type(detector).__name__}, {described(detector, len(paths))}")

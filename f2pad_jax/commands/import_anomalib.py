@@ -10,6 +10,7 @@ from f2pad_jax.commands._console import (
     add_strict,
     add_white,
     at_least,
+    only_writer,
     shown_progress,
 )
 from f2pad_jax.commands._model_files import described, described_verdict, normal_images
@@ -47,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     paths, status, white = normal_images(arguments.normal, arguments.out, strict=arguments.strict, white=arguments.white)
     size = tuple(arguments.size) if arguments.size else None
     images = (read_image(path, white=white) for path in paths)
-    with shown_progress() as progress:
+    with only_writer(arguments.out), shown_progress() as progress:
         detector = load_anomalib(arguments.checkpoint, images, size=size, seed=arguments.seed, progress=progress)
-    detector = with_calibration(detector, dataclasses.replace(detector.calibrated, white=white))
-    save_detector(arguments.out, detector)
+        detector = with_calibration(detector, dataclasses.replace(detector.calibrated, white=white))
+        save_detector(arguments.out, detector)
     print(
         f"{arguments.out}: {type(detector).__name__} trained with anomalib, {described(detector, len(paths))}; "
         f"'f2pad refine' needs --weights {arguments.checkpoint}"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from f2pad_jax.commands._console import add_seed, at_least, make_folder, shown_progress
+from f2pad_jax.commands._console import add_seed, at_least, make_folder, only_writer, shown_progress
 from f2pad_jax.data.dataset import make_dataset, read_manifest, rebuild_dataset
 
 
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Makes a new data set, or rebuilds a data set from its manifest."""
     make_folder(arguments.out)
-    with shown_progress() as progress:
+    with only_writer(arguments.out), shown_progress() as progress:
         if arguments.manifest:
             path = rebuild_dataset(arguments.manifest, arguments.root, arguments.out, progress=progress)
         else:

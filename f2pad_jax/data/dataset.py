@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import file_sha256, regular, write_atomically
 from f2pad_jax._version import __version__
 from f2pad_jax.data.mvtec import Category, open_categories
 from f2pad_jax.data.protocols import PROTOCOLS, Image, Mask, Sources, shows_objects
@@ -158,10 +158,12 @@ def rebuild_dataset(manifest: str | Path, root: str | Path, out: str | Path, *, 
         RunError: ``out`` holds another data set.
     """
     root, expected = Path(root), read_manifest(manifest)
+    if not _is_complete(expected):
+        raise ImageError(f"{manifest}: damaged or altered since it was written")
     for name, checksum in expected["sources"].items():
         if not (root / name).is_file():
             raise ImageError(f"{root / name}: missing; {manifest} was made from it")
-        if hashlib.sha256((root / name).read_bytes()).hexdigest() != checksum:
+        if file_sha256(root / name) != checksum:
             raise ImageError(f"{root / name}: not the file {manifest} was made from (its checksum differs)")
     path = make_dataset(
         root,
@@ -192,12 +194,27 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ImageError: the file is missing or no manifest.
     """
     try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: no manifest of a data set ({error})") from None
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ImageError(f"{path}: no manifest of a data set ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ImageError(f"{path}: no manifest of a data set in the format of this version")
     return content
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Returns whether a manifest has everything from which a data set is rebuilt, in the form that it was written in."""
+    kinds = {"protocol": str, "count": int, "size": list, "seed": int, "lenders": list, "categories": dict, "sources": dict}
+    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if len(manifest["size"]) != 2 or not all(type(side) is int and 0 < side <= 2**14 for side in manifest["size"]):
+        return False
+    try:
+        names = [[image["name"] for image in category["images"]] for category in manifest["categories"].values()]
+    except (TypeError, LookupError):
+        return False
+    texts = [*manifest["lenders"], *manifest["sources"].values(), *(name for of_one in names for name in of_one)]
+    return all(isinstance(text, str) for text in texts) and all(len(of_one) == manifest["count"] for of_one in names)
 
 
 def digest(image: UInt8[np.ndarray, "h w 3"], mask: Mask) -> str:

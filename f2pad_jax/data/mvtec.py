@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from jaxtyping import Bool
 
 from f2pad_jax.errors import ImageError
-from f2pad_jax.images.files import list_images
+from f2pad_jax.images.files import levels_of, list_images, open_picture
 
 GOOD = "good"
 """Name of the kind that has no defect."""
@@ -108,22 +109,20 @@ def read_mask(path: str | Path, *, size: tuple[int, int] | None = None) -> Bool[
 
     A pixel belongs to the mask if one of its colours exceeds half of full scale. In a palette, and in a file without a
     value above half of full scale, every value but 0 counts: such files hold labels, or 0 and 1. If alpha varies, it is
-    the mask.
+    the mask. The mask is rotated according to the file's EXIF data, as an image is.
 
     Raises:
-        ImageError: the file is missing, or no image.
+        ImageError: the file is missing, no image, damaged or too large, or has several pages.
     """
-    try:
-        with PIL.Image.open(path) as picture:
-            labels = picture.mode == "P"
-            if "transparency" in picture.info or "A" in picture.getbands():
+    with open_picture(path) as (opened, file):
+        labels, has_alpha = opened.mode == "P", "transparency" in opened.info or "A" in opened.getbands()
+        values = None if has_alpha else levels_of(opened, file)
+        if values is None:
+            picture = PIL.ImageOps.exif_transpose(opened)
+            if has_alpha:
                 alpha = picture.convert("RGBA").getchannel("A")
-                picture = alpha if len({*alpha.getextrema()}) == 2 else picture.convert("RGB")
-            values = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path}: no image that can be read ({error})") from None
+                picture = alpha if len({*alpha.getextrema()}) == 2 else picture
+            values = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
     values = values.max(axis=2) if values.ndim == 3 else values
     half = {np.dtype(np.uint8): 127, np.dtype(np.uint16): 32767}.get(values.dtype, 0)
     mask = values > (0 if labels or values.max() <= half else half)

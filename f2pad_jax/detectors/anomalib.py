@@ -23,6 +23,8 @@ from f2pad_jax.progress import Progress, silent
 
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, np.linalg.LinAlgError)
 """Errors that malformed content of a checkpoint causes."""
+LARGEST_SIDE = 2**14
+"""Largest side that the size of a checkpoint may have, pixels; a larger one is damage."""
 DEFAULT_SIZE = (256, 256)
 """Input size of anomalib, for a checkpoint that states no size (before 2.7, without the user's own pre-processor)."""
 
@@ -118,6 +120,8 @@ def _input_size(parameters: dict, rest: dict) -> tuple[int, int]:
     for step, arguments in steps:
         if step == "Resize" and np.shape(arguments["size"]) == (2,):
             size = (int(arguments["size"][0]), int(arguments["size"][1]))
+            if list(size) != list(arguments["size"]) or not 0 < min(size) <= max(size) <= LARGEST_SIDE:
+                raise CheckpointError(f"its pre-processor resizes to {arguments['size']}, which is no size of images")
         elif step == "Normalize":
             if not np.allclose([*arguments["mean"], *arguments["std"]], [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]):
                 raise CheckpointError("its pre-processor normalises by other values than ImageNet's mean and deviation")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,14 @@ def load_detector(
     by_name = {cls.__name__: cls for cls in (*CLASSES, *classes)}
     files = (weights,) if weights is None or isinstance(weights, (str, Path)) else tuple(weights)
     try:
-        return _decode(json.loads(metadata["header"])["detector"], tensors, by_name, files)
+        detector = _decode(json.loads(metadata["header"])["detector"], tensors, by_name, files)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    except TypeError as error:  # the fields of a class have changed since
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:  # the fields of a class have changed since
         raise ModelError(f"{path}: saved by another version of its class ({error}); fit the model again") from None
+    if not isinstance(detector, AbstractDetector):
+        raise ModelError(f"{path}: holds no detector; fit the model again")
+    return detector
 
 
 def _encode(name: str, value: Any, tensors: dict[str, np.ndarray]) -> Any:
@@ -117,7 +122,11 @@ def _decode(
         case {"class": name, "fields": fields}:
             if name not in classes:
                 raise ModelError(f"holds a {name}; pass its class to load_detector as classes=({name},)")
-            return classes[name](**{key: _decode(item, tensors, classes, files) for key, item in fields.items()})
+            module = classes[name](**{key: _decode(item, tensors, classes, files) for key, item in fields.items()})
+            for field in dataclasses.fields(module) if classes[name] in CLASSES else ():
+                if not _suits(getattr(module, field.name), field.type):
+                    raise ModelError(f"holds no {field.name} of a {name}; fit the model again")
+            return module
         case {"tensor": name}:
             return jax.device_put(tensors[name])
         case list():
@@ -137,3 +146,20 @@ def _backbone(name: str, layers: tuple[str, ...], checksum: bytes, files: Sequen
         if checksum == np.asarray(backbone.checksum).tobytes():
             return backbone
     raise ModelError(f"fitted with other weights of {name}; give these weights, or fit the model again")
+
+
+def _suits(value: Any, kind: Any) -> bool:
+    """Returns whether a value has the type of a field."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_suits(value, part) for part in parts)
+    if origin is tuple and isinstance(value, tuple):
+        parts = [parts[0]] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(_suits, value, parts))
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, (int, kind))
+    if array := getattr(kind, "array_type", None):  # of jaxtyping
+        axes = kind.dim_str.split()
+        return isinstance(value, array) and (len(axes) == value.ndim or "*" in kind.dim_str or "..." in axes)
+    kind = origin or kind
+    return not isinstance(kind, type) or isinstance(value, kind)

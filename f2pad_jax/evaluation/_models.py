@@ -15,6 +15,7 @@ from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.fitting import fit
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.detectors.saving import load_detector, save_detector
+from f2pad_jax.evaluation._store import read_record
 from f2pad_jax.evaluation.cases import Case, training_images
 from f2pad_jax.images.files import check_images, read_image
 from f2pad_jax.method.settings import Settings
@@ -52,7 +53,7 @@ def load_or_fit(
     model = models / f"{_stem(case, paths, request)}.model"
     file = model.with_suffix(".json")
     if model.exists() and file.exists():
-        return load_detector(model, weights=weights), json.loads(file.read_text())
+        return load_detector(model, weights=weights), read_record(file)
     models.mkdir(exist_ok=True)
     method, trials, start = DETECTORS[case.method], [], time.perf_counter()
     backbone = load_to_depth(case.backbone, method.default_layers(find_network(case.backbone), len(paths)), weights)

@@ -1,17 +1,20 @@
 """Results of an evaluation on disk: one file for each image, and the curves of a few images."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import regular, write_atomically
 from f2pad_jax.data.mvtec import Sample
+from f2pad_jax.errors import RunError
 from f2pad_jax.evaluation.cases import FULL
 from f2pad_jax.method.algorithm import Refined
 
@@ -19,6 +22,9 @@ CURVES = "curves.json"
 """Name of the file that :func:`save_curves` writes."""
 SHARED_BY_VARIANTS = ("image", "truth", "coarse_map", "coarse_mask", "region", "normal")
 """Arrays of an image that are kept once for all variants."""
+
+OF_CASE = ("category", "method", "backbone", "protocol", "setting", "seed", "inpainter", "samples")
+"""Entries that every ``case.json`` has."""
 
 Curves = dict[str, list[float]]
 """Value of Eq. (12) and of each of its terms before every step, by name."""
@@ -79,7 +85,7 @@ def stored_variants(folder: Path, sample: Sample) -> list[str]:
     path = _file(folder, sample.name)
     if not path.exists():
         return []
-    with np.load(path) as arrays:
+    with _reading(path), np.load(regular(path)) as arrays:
         return _variants(arrays.files)
 
 
@@ -103,7 +109,7 @@ def save_image(
     """
     path, arrays = _file(folder, sample.name), {}
     if path.exists():
-        with np.load(path) as file:
+        with _reading(path), np.load(path) as file:
             arrays = dict(file)
     if variant == FULL or not arrays:
         arrays |= {
@@ -127,11 +133,11 @@ def save_image(
 def load_images(folder: Path) -> list[ImageResult]:
     """Returns the results for the images of a case, in the order of its samples, without images not refined yet."""
     results = []
-    for name in json.loads((folder / "case.json").read_text())["samples"]:
+    for name in read_case(folder)["samples"]:
         path = _file(folder, name)
         if not path.exists():
             continue
-        with np.load(path) as arrays:
+        with _reading(path), np.load(regular(path)) as arrays:
             variants = _variants(arrays.files)
             results.append(
                 ImageResult(
@@ -149,7 +155,7 @@ def load_images(folder: Path) -> list[ImageResult]:
 
 def unusable_images(out: Path) -> list[str]:
     """Returns the errors of the images of all cases that can't be used, each once."""
-    cases = [json.loads(file.read_text()) for file in sorted((out / "runs").glob("*/case.json"))]
+    cases = [read_case(file.parent) for file in sorted((out / "runs").glob("*/case.json"))]
     return list(dict.fromkeys(error for case in cases for error in case.get("unusable", [])))
 
 
@@ -161,7 +167,40 @@ def save_curves(folder: Path, curves: Mapping[str, Curves]) -> None:
 def load_curves(folder: Path) -> dict[str, Curves]:
     """Returns the curves of a case by the names of its samples; empty where none were kept."""
     path = folder / CURVES
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_record(path) if path.exists() else {}
+
+
+def read_case(folder: Path) -> dict[str, Any]:
+    """Returns the record of a case, ``case.json``.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    record = read_record(folder / "case.json")
+    with _reading(folder / "case.json"):
+        [record[name] for name in OF_CASE]
+        [_file(folder, name) for name in record["samples"]]
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file of a run.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    with _reading(path):
+        return dict(json.loads(regular(path).read_bytes()))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns every error of reading a file of a run into a RunError: NumPy, zipfile and JSON raise errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RunError(f"{path}: damaged ({reason}); delete it, and run the evaluation again") from None
 
 
 def _variants(names: Iterable[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Metrics of a case over its images."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from f2pad_jax.evaluation._store import load_images
+from f2pad_jax.evaluation._store import load_images, read_case
 from f2pad_jax.evaluation.cases import ABLATIONS, FULL
 from f2pad_jax.evaluation.peers import peer_masks
 from f2pad_jax.images import metrics
@@ -31,7 +30,7 @@ def summarise(folder: Path) -> list[Record]:
     """
     if not (folder / "case.json").exists() or not (images := load_images(folder)):
         return []
-    case = json.loads((folder / "case.json").read_text())
+    case = read_case(folder)
     maps, truth = np.stack([i.coarse_map for i in images]), np.stack([i.truth for i in images])
     defective = [i for i in images if not i.good]
     best = metrics.best_threshold(maps, truth) if defective else float("inf")

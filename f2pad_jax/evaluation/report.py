@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from f2pad_jax._storage import write_atomically
 from f2pad_jax.evaluation._charts import embedded, histogram, line_chart
-from f2pad_jax.evaluation._store import ImageResult, load_curves, load_images
+from f2pad_jax.evaluation._store import ImageResult, load_curves, load_images, read_case
 from f2pad_jax.evaluation.cases import FULL
 from f2pad_jax.images import metrics
 
@@ -53,7 +53,7 @@ def _case(folder: Path, limit: int | None) -> dict[str, Any] | None:
         return None
     images = [i for i in load_images(folder) if FULL in i.masks]
     order = sorted(images, key=lambda i: (i.good, metrics.iou(i.masks[FULL], i.truth), i.name))[:limit]
-    scores = {"normal images of the fit": json.loads((folder / "case.json").read_text()).get("normal_scores", [])}
+    scores = {"normal images of the fit": read_case(folder).get("normal_scores", [])}
     scores |= {name: [i.score for i in images if i.good == good] for name, good in (("good", True), ("defective", False))}
     known = {name: values for name, values in scores.items() if values}
     charts = [histogram("Image scores; above 1: defective", known)] if known else []

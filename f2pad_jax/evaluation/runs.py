@@ -28,7 +28,7 @@ from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.registry import DETECTORS
 from f2pad_jax.errors import ImageError, OptionError, RunError
 from f2pad_jax.evaluation._models import load_or_fit
-from f2pad_jax.evaluation._store import load_curves, save_curves, save_image, stored_variants
+from f2pad_jax.evaluation._store import load_curves, read_case, save_curves, save_image, stored_variants
 from f2pad_jax.evaluation._summary import summarise
 from f2pad_jax.evaluation.cases import ABLATIONS, FULL, REAL, SETTINGS, Case
 from f2pad_jax.images.files import read_image
@@ -215,7 +215,7 @@ def _run(
     folder = out / "runs" / case.folder
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "case.json"
-    if file.exists() and (record := json.loads(file.read_text())) | request != record:
+    if file.exists() and (record := read_case(folder)) | request != record:
         raise RunError(
             f"{folder}: holds a run with another size, seed, tuning, half, inpainter, settings or ignored pixels; "
             "choose another folder"

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from f2pad_jax._version import __version__
 from f2pad_jax.data.mvtec import RESIZING
 from f2pad_jax.detectors.registry import TITLES
 from f2pad_jax.evaluation._figures import Labelled, size_groups, write_figures
-from f2pad_jax.evaluation._store import load_images
+from f2pad_jax.evaluation._store import load_images, read_case
 from f2pad_jax.evaluation._summary import Record
 from f2pad_jax.evaluation.cases import ABLATIONS, FULL, Case
 
@@ -198,7 +197,7 @@ def _tuning(out: Path, part: Sequence[Record]) -> list[str]:
     for r in (r for r in part if r["variant"] == FULL):
         case = Case(**{key: r[key] for key in ("category", "method", "backbone", "protocol", "setting")})
         file = out / "runs" / case.folder / "case.json"
-        trials = json.loads(file.read_text())["tuning"] if file.exists() else []
+        trials = read_case(file.parent).get("tuning", []) if file.exists() else []
         for choice in (trial for trial in trials if trial["chosen"]):
             cells = [f"{choice[key]:g}" for key in ("sparsity", "alpha1", "num_components")]
             rows.append([f"{r['category']}, {TITLES[r['method']]}", *cells, _cell(choice["iou"]), _cell(trials[0]["iou"])])

@@ -15,6 +15,23 @@ _COPY = 1 | 4
 """Bits of a page's kind: a reduced copy of another page, or its transparency mask."""
 
 
+def check_whole(opened: PIL.Image.Image, file: io.BytesIO) -> None:
+    """Refuses a file with several pages, and a PNG of which a part is missing or altered.
+
+    Pillow decodes the pixels of a PNG without its checksums.
+
+    Raises:
+        ValueError: there are several pages.
+        OSError: a checksum differs, or the end is missing.
+        SyntaxError: a part of the file is no part of a PNG.
+    """
+    if (pages := _num_pages(opened)) > 1:
+        raise ValueError(f"{pages} pages; write each page to a file of its own")
+    if opened.format == "PNG":
+        with PIL.Image.open(io.BytesIO(file.getbuffer())) as copy:
+            copy.verify()
+
+
 def pixels_of(opened: PIL.Image.Image, file: io.BytesIO) -> tuple[Shaped[np.ndarray, "h w *c"], float | None]:
     """Returns the pixels of an open image, and the value of white that its file states, if any.
 
@@ -22,10 +39,8 @@ def pixels_of(opened: PIL.Image.Image, file: io.BytesIO) -> tuple[Shaped[np.ndar
     dropped, a palette is looked up, and the rotation of the EXIF data is done.
 
     Raises:
-        ValueError: the pixels are not finite, there are several pages, or the file is of a kind that can't be read.
+        ValueError: the pixels are not finite, or the file is of a kind that can't be read.
     """
-    if (pages := _num_pages(opened)) > 1:
-        raise ValueError(f"{pages} pages; write each page to a file of its own")
     tags = getattr(opened, "tag_v2", {})
     bits = max(np.atleast_1d(tags.get(_BITS, 8)))
     stated = float(np.max(tags[_WHITE])) if _WHITE in tags else 2.0**bits - 1 if 8 < bits < 16 else None

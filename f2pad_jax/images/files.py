@@ -4,18 +4,18 @@ import contextlib
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from jaxtyping import Float, Shaped, UInt8
 
-from f2pad_jax._storage import write_atomically
+from f2pad_jax._storage import regular, write_atomically
 from f2pad_jax.errors import ImageError
-from f2pad_jax.images._decoding import pixels_of
+from f2pad_jax.images._decoding import check_whole, pixels_of
 from f2pad_jax.images.pixels import MIN_SIDE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -100,16 +100,28 @@ def _decoded(
     Raises:
         ImageError: the file is missing, not an image, damaged or too large, or has several pages.
     """
+    with open_picture(path, data, max_pixels) as (opened, file):
+        return pixels_of(opened, file)
+
+
+@contextlib.contextmanager
+def open_picture(
+    path: str | Path, data: bytes | None = None, max_pixels: int | None = None
+) -> Iterator[tuple[PIL.Image.Image, io.BytesIO]]:
+    """Opens a picture of any kind, and turns every error of its decoder into an ImageError.
+
+    Raises:
+        ImageError: the file is missing, not an image, damaged or too large, or has several pages.
+    """
     try:
         with _read_bytes(path) if data is None else io.BytesIO(data) as file, PIL.Image.open(file) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
                 found = f"{opened.width}x{opened.height} pixels"
                 raise ImageError(f"{path}: {found}; at most {max_pixels} pixels are allowed: cut it into smaller images")
-            return pixels_of(opened, file)
+            check_whole(opened, file)
+            yield opened, file
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise ImageError(f"{path}: can't be opened ({error.strerror})") from None
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image, or in a format Pillow can't read") from None
     except _TooLarge as error:
@@ -117,30 +129,77 @@ def _decoded(
     except ImageError:
         raise
     except Exception as error:  # decoders raise errors of many kinds
+        if isinstance(error, OSError) and error.strerror:
+            raise ImageError(f"{path}: can't be opened ({error.strerror})") from None
         raise ImageError(f"{path}: can't be read, perhaps damaged or truncated ({error})") from None
+
+
+def levels_of(opened: PIL.Image.Image, file: io.BytesIO) -> Shaped[np.ndarray, "h w"] | None:
+    """Returns the values of an open grey picture with any number of bits, upright; None if it has colours or a palette."""
+    if opened.mode.startswith("I") or opened.mode == "F":
+        return pixels_of(opened, file)[0]
+    return np.asarray(PIL.ImageOps.exif_transpose(opened)) if opened.mode in ("1", "L") else None
 
 
 def read_map(path: str | Path) -> Float[np.ndarray, "h w"]:
     """Reads a map of any scale: an array file with one array, or a grey picture with 8, 16 or 32 bits.
 
     Raises:
-        ImageError: the file is missing or damaged, or holds no array with two dimensions.
+        ImageError: the file is missing, damaged or too large, holds no array with two dimensions, or a value that is not
+            finite.
+    """
+    if str(path).endswith((".npy", ".npz")):
+        values = _array(path)
+    else:
+        with open_picture(path) as (opened, file):
+            values = levels_of(opened, file)
+        if values is not None and values.dtype == bool:
+            values = values * np.uint8(255)
+    if values is None:
+        raise ImageError(f"{path}: expected one array of numbers (h, w), or a grey picture")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ImageError(f"{path}: holds values that are not finite")
+    return values
+
+
+def _array(path: str | Path) -> Shaped[np.ndarray, "h w"] | None:
+    """Returns the only array of an .npy or .npz file; None if it is not one array of numbers (h, w).
+
+    Raises:
+        ImageError: the file is missing, damaged or too large.
     """
     try:
-        if str(path).endswith((".npy", ".npz")):
-            found = np.load(path, allow_pickle=False)
-            arrays = [found] if isinstance(found, np.ndarray) else list(found.values())
-        else:
-            with PIL.Image.open(path) as picture:
-                grey = picture.mode in ("1", "L", "F") or picture.mode.startswith("I")  # a palette has no order
-                arrays = [np.asarray(picture.convert("L") if picture.mode == "1" else picture)] if grey else []
+        with regular(path).open("rb") as file:
+            if file.read(2) != b"PK":
+                return _npy(file, os.fstat(file.fileno()).st_size)
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if len(members) != 1:
+                    return None
+                with archive.open(members[0]) as member:
+                    return _npy(member, members[0].file_size)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, _TooLarge) as error:
-        raise ImageError(f"{path}: no map that can be read ({error})") from None
-    if len(arrays) != 1 or arrays[0].ndim != 2 or arrays[0].dtype.kind not in "biuf":
-        raise ImageError(f"{path}: expected one array of numbers (h, w), or a grey picture")
-    return arrays[0].astype(np.float32)
+    except Exception as error:  # NumPy and zipfile raise errors of many kinds
+        raise ImageError(f"{path}: no map that can be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _npy(file: io.BufferedIOBase, size: int) -> Shaped[np.ndarray, "h w"] | None:
+    """Returns the array of a file of ``size`` bytes; its header asks for no more memory than the file's data."""
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if len(shape) != 2 or dtype.kind not in "biuf" or min(shape) < 1:
+        return None
+    if shape[0] * shape[1] > 2 * (PIL.Image.MAX_IMAGE_PIXELS or np.inf):  # Pillow's limit for pictures
+        raise ValueError(f"{shape[1]}x{shape[0]} pixels are too large")
+    if shape[0] * shape[1] * dtype.itemsize > size:
+        raise ValueError("damaged or truncated")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def beside(folder: Path, name: str, suffixes: Sequence[str]) -> Path:
@@ -186,7 +245,7 @@ def _as_image_errors(address: str) -> Iterator[None]:
 def _read_bytes(path: str | Path) -> io.BytesIO:
     """Reads a file, local or in a bucket, into memory."""
     if not is_address(path):
-        return io.BytesIO(Path(path).read_bytes())
+        return io.BytesIO(regular(path).read_bytes())
     system, inside = _bucket(str(path))
     with _as_image_errors(str(path)):
         return io.BytesIO(system.cat_file(inside))
@@ -205,8 +264,8 @@ def state_of(path: str | Path) -> list[int | str]:
 def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
     """Lists the images under each source (file, folder or bucket), sorted, each with its path relative to the source.
 
-    In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A source that is a file is always
-    listed. An image in a bucket is listed by its address (a string), any other image by its path.
+    In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A link to nothing is listed: an image
+    is missing, which its reader says. A source that is a file is always listed. An image in a bucket is listed by its address (a string), any other image by its path.
 
     Raises:
         ImageError: a source is missing, or a folder holds no image.
@@ -233,7 +292,7 @@ def _in_files(source: Path) -> tuple[bool, list[tuple[Path, Path]]]:
         subfolders[:] = [name for name in subfolders if Path(folder, name).resolve() not in seen]  # no loops
         above |= {Path(folder, name): seen | {Path(folder, name).resolve()} for name in subfolders}
     images = ((path, path.relative_to(source)) for path in files)
-    return True, [(path, relative) for path, relative in images if named_as_image(relative) and path.is_file()]
+    return True, [(path, relative) for path, relative in images if named_as_image(relative)]
 
 
 def _in_bucket(address: str) -> tuple[bool, list[tuple[str, Path]]]:

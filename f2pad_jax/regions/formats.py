@@ -158,7 +158,7 @@ def write_tables(records: Sequence[Record], out: Path) -> None:
         writer = csv.DictWriter(text, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-        write_atomically(out / name, text.getvalue().encode())
+        write_atomically(out / name, text.getvalue().encode(errors="surrogateescape"))  # a file's name may be any bytes
 
 
 def _figures(record: Record) -> Record:
