@@ -162,7 +162,9 @@ def faults(folder: Path, known: dict[str, Job], expected: dict[str, Any]) -> Any
     """Yields a line for each fault of a disk, a cache, a home or a network."""
     mounts = may_mount()
     for name, job in known.items():
-        yield f"full disk, {name}: " + (full_disk(folder / "full", job, expected[name]) if mounts else "not run, no right to mount")
+        yield f"full disk, {name}: " + (
+            full_disk(folder / "full", job, expected[name]) if mounts else "not run, no right to mount"
+        )
     for name, job in known.items():
         yield f"two on one output, {name}: {two_on_one_output(folder / 'two', job, expected[name])}"
     fit, same = known["fit"], expected["fit"]
@@ -174,25 +176,38 @@ def faults(folder: Path, known: dict[str, Job], expected: dict[str, Any]) -> Any
 
     caches = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cold programs"), "F2PAD_CACHE": str(folder / "cold weights")}
     both = [folder / f"cache{k}" for k in range(2)]
-    pair = [subprocess.Popen(command(fit, out), env=os.environ | caches, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for out in both]
+    pair = [
+        subprocess.Popen(
+            command(fit, out), env=os.environ | caches, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for out in both
+    ]
     texts = [process.communicate(timeout=900) for process in pair]
-    found = [ended(subprocess.CompletedProcess([], p.returncode, *t), out) for p, t, out in zip(pair, texts, both, strict=True)]
+    found = [
+        ended(subprocess.CompletedProcess([], p.returncode, *t), out) for p, t, out in zip(pair, texts, both, strict=True)
+    ]
     yield f"two on one cache that is empty: {', '.join(found)}"
     if not mounts:
         yield "read-only caches, no home, no network: not run, no right to mount"
         return
     (folder / "frozen").mkdir()
     (folder / "passwd").touch()
-    frozen = f"mount --bind '{folder}/frozen' '{folder}/frozen' && mount -o remount,ro,bind '{folder}/frozen' && exec \"$@\""
+    frozen = (
+        f"mount --bind '{folder}/frozen' '{folder}/frozen' && mount -o remount,ro,bind '{folder}/frozen' && exec \"$@\""
+    )
     out = folder / "read-only programs"
-    done = run(isolated("unset JAX_COMPILATION_CACHE_DIR; " + frozen, command(fit, out)), XDG_CACHE_HOME=str(folder / "frozen"))
+    done = run(
+        isolated("unset JAX_COMPILATION_CACHE_DIR; " + frozen, command(fit, out)), XDG_CACHE_HOME=str(folder / "frozen")
+    )
     yield f"read-only cache of programs: {ended(done, out)}"
     done = run(isolated(frozen, command(fit, folder / "read-only weights")), F2PAD_CACHE=str(folder / "frozen"))
     yield f"read-only cache of weights, empty: {'refused in one line' if in_one_line(done) else 'WRONG: ' + done.stderr[-1000:]}"
     done = run(isolated(frozen, command(fit, folder / "frozen" / "x" / "out")))
     yield f"read-only output: {'refused in one line' if in_one_line(done) else 'WRONG: ' + done.stderr[-1000:]}"
     out = folder / "homeless"
-    homeless = f"unset HOME XDG_CACHE_HOME JAX_COMPILATION_CACHE_DIR; mount --bind '{folder}/passwd' /etc/passwd && exec \"$@\""
+    homeless = (
+        f"unset HOME XDG_CACHE_HOME JAX_COMPILATION_CACHE_DIR; mount --bind '{folder}/passwd' /etc/passwd && exec \"$@\""
+    )
     yield f"no home: {ended(run(isolated(homeless, command(fit, out))), out)}"
     out = folder / "offline"
     plain = 'exec "$@"'
