@@ -165,8 +165,8 @@ def hostile_images(rng: np.random.Generator, whole: bool) -> Iterator[tuple[str,
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**26)))
     yield "png profile bomb", png(64, 48, 8, 0, zlib.compress(bytes(65 * 48)), profile), ".png"
     if whole:
-        side = 8000
-        yield "png of 64 megapixels", png(side, side, 1, 0, zlib.compress(bytes(side * (side // 8 + 1)))), ".png"
+        side = 5000
+        yield "png of 25 megapixels", png(side, side, 1, 0, zlib.compress(bytes(side * (side // 8 + 1)))), ".png"
     colour = PIL.Image.fromarray(picture(1))
     other = PIL.Image.fromarray(picture(2))
     yield "animation", save(colour, "PNG", save_all=True, append_images=[other]), ".png"

@@ -94,6 +94,11 @@ def in_one_line(done: subprocess.CompletedProcess) -> bool:
     return done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
 
 
+def refused(done: subprocess.CompletedProcess) -> str:
+    """Says whether a command was refused in one line."""
+    return "refused in one line" if in_one_line(done) else f"WRONG, status {done.returncode}: {done.stderr[-1000:]}"
+
+
 def isolated(script: str, words: Sequence[str], *, network: bool = True) -> list[str]:
     """Returns a command that runs after a script, in its own mounts (and without a network)."""
     return ["unshare", "-m", *([] if network else ["-n"]), "sh", "-c", script, "sh", *words]
@@ -201,9 +206,9 @@ def faults(folder: Path, known: dict[str, Job], expected: dict[str, Any]) -> Any
     )
     yield f"read-only cache of programs: {ended(done, out)}"
     done = run(isolated(frozen, command(fit, folder / "read-only weights")), F2PAD_CACHE=str(folder / "frozen"))
-    yield f"read-only cache of weights, empty: {'refused in one line' if in_one_line(done) else 'WRONG: ' + done.stderr[-1000:]}"
+    yield f"read-only cache of weights, empty: {refused(done)}"
     done = run(isolated(frozen, command(fit, folder / "frozen" / "x" / "out")))
-    yield f"read-only output: {'refused in one line' if in_one_line(done) else 'WRONG: ' + done.stderr[-1000:]}"
+    yield f"read-only output: {refused(done)}"
     out = folder / "homeless"
     homeless = (
         f"unset HOME XDG_CACHE_HOME JAX_COMPILATION_CACHE_DIR; mount --bind '{folder}/passwd' /etc/passwd && exec \"$@\""
@@ -214,7 +219,7 @@ def faults(folder: Path, known: dict[str, Job], expected: dict[str, Any]) -> Any
     yield f"no network: {ended(run(isolated(plain, command(fit, out), network=False)), out)}"
     fetch = [sys.executable, "-m", "f2pad_jax.commands", "weights", "fetch", "wide-resnet50-2"]
     done = run(isolated(plain, fetch, network=False), F2PAD_CACHE=str(folder / "fetched"))
-    yield f"no network, a download: {'refused in one line' if in_one_line(done) else 'WRONG: ' + done.stderr[-1000:]}"
+    yield f"no network, a download: {refused(done)}"
 
 
 def full_disk(folder: Path, job: Job, expected: Any) -> str:
@@ -223,7 +228,8 @@ def full_disk(folder: Path, job: Job, expected: Any) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "disk").mkdir(parents=True)
         script = (
-            f"mount -t tmpfs -o size={max(share, 1)} none '{folder}/disk'; \"$@\" 2> '{folder}/said'; echo $? > '{folder}/status'; "
+            f"mount -t tmpfs -o size={max(share, 1)} none '{folder}/disk'; \"$@\" 2> '{folder}/said'; "
+            f"echo $? > '{folder}/status'; "
             f"mount -o remount,size=1g '{folder}/disk'; \"$@\" && cp -r '{folder}/disk/out' '{folder}/out'"
         )
         again = run(isolated(script, command(job, folder / "disk" / "out")))

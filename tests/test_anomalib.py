@@ -549,10 +549,13 @@ def test_without_a_transform_the_size_is_256(input_size, given):
     [
         ((CenterCrop, {"size": [64, 64]}), "has a CenterCrop step"),
         (resize(64), "has a Resize step"),
+        (resize(64.5, 64), "is no size of images"),
+        (resize(0, 64), "is no size of images"),
+        (resize(2**31, 64), "is no size of images"),
         ((Normalize, {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}), "normalises by other values"),
         ((Normalize, {"mean": [0.485, 0.456, 0.406], "std": [1.0, 1.0, 1.0]}), "normalises by other values"),
     ],
-    ids=["crop", "shorter side", "mean", "deviation"],
+    ids=["crop", "shorter side", "fraction", "nothing", "huge", "mean", "deviation"],
 )
 def test_a_pre_processor_without_counterpart_is_refused(input_size, step, message, old):
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -17,11 +17,13 @@ from conftest import SIZE
 
 from f2pad_jax import Settings, __version__, load_detector
 from f2pad_jax._cache import keep_programs
+from f2pad_jax._storage import write_atomically
 from f2pad_jax.commands import COMMANDS, _console, doctor, main
 from f2pad_jax.commands import _refine_files as refine_files
-from f2pad_jax.commands._archive import Archive
+from f2pad_jax.commands._archive import Archive, file_state
 from f2pad_jax.commands.refine import distinct, result_names
 from f2pad_jax.detectors import CFlow, PaDiM
+from f2pad_jax.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +219,76 @@ def test_no_file_of_another_program_is_replaced(model, texture, tmp_path, capsys
     assert "results.json: not written by" in refused(capsys, *refine[:3], "--out", tmp_path / "other")
 
 
-def test_two_runs_do_not_write_into_one_folder(model, defective, tmp_path, capsys):
+def test_two_runs_do_not_write_into_one_folder(model, defective, flat_folder, tmp_path, capsys):
     with Archive(tmp_path, {}):
         assert "another run is writing" in refused(capsys, "refine", model, defective, "--out", tmp_path)
+        assert "another run is writing" in refused(capsys, "evaluate", "textures", "--out", tmp_path)
+        assert "another run is writing" in refused(capsys, "make-dataset", flat_folder, "--out", tmp_path)
+    with _console.only_writer(tmp_path / "x.model"):
+        fit = ["fit", flat_folder, "--out", tmp_path / "x.model", "--size", "64", "--layers", "stage2"]
+        assert "x.model: another run is writing" in refused(capsys, *fit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["defective.png", "results.jsonl"], "locks are gone"
+
+
+def test_a_damaged_journal_is_refused_and_an_unfinished_line_is_not(tmp_path):
+    part = tmp_path / "part.png"
+    part.touch()
+    recipe, record = {"sha256": "1", "inpaint": "exemplar"}, {"name": "part", "score": 1.25, "regions": []}
+
+    def kept():
+        with Archive(tmp_path / "out", recipe) as archive:
+            return archive.missing([(part, "part")]), archive.records
+
+    (tmp_path / "out").mkdir()
+    with Archive(tmp_path / "out", recipe) as archive:
+        archive.missing([(part, "part")])
+        archive.add(record | {"file": file_state(part)})
+    journal = tmp_path / "out" / "results.jsonl"
+    content = journal.read_bytes()
+    assert kept() == ([], {"part": record | {"file": file_state(part)}}) and journal.read_bytes() == content
+    for position in range(len(content) - 1):  # no bit of a figure, of a path or of a key
+        altered = bytearray(content)
+        altered[position] ^= 1
+        journal.write_bytes(altered)
+        with pytest.raises(RunError, match=r"results\.jsonl: line \d is damaged"):
+            kept()
+    for line in (b"[]\n", b"\xff\n", b"3\n", b'{"planned": 3}\n', b"[" * 20000 + b"\n"):
+        journal.write_bytes(content + line)
+        with pytest.raises(RunError, match="line 4 is damaged"):
+            kept()
+    journal.write_bytes(content + b'{"name": "par')  # a run was killed here
+    assert kept()[0] == [] and journal.read_bytes() == content
+    journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(OSError, match="a pipe or a device"):
+        kept()
+
+
+def test_a_name_of_any_bytes_is_refined_and_named_in_one_line(model, defective, tmp_path, capsys):
+    names = [os.fsdecode(name) for name in (b"a\nb.png", b"\xff.png", b"\x1b[31m.png")]
+    for name in names:
+        (tmp_path / name).write_bytes(defective.read_bytes())
+        assert main(["refine", str(model), str(tmp_path / name), "--out", str(tmp_path / "out")]) == 0
+    assert b"\xff" in (tmp_path / "out" / "results.csv").read_bytes()
+    assert "%FF_mask.png" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    for name, shown in zip(names, (r"a\nb.png", r"\udcff.png", r"\x1b[31m.png"), strict=True):
+        (tmp_path / name).write_text("no image")
+        assert main(["refine", str(model), str(tmp_path / name), "--out", str(tmp_path / "bad")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("f2pad: error: ") and shown in line
+
+
+def test_a_full_disk_is_named_with_its_file(defective, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "x.png", b"content")
+    assert caught.value.filename == str(tmp_path / "x.png") and [path.name for path in tmp_path.iterdir()] == [
+        defective.name
+    ]
 
 
 def test_refine_shows_the_history(model, defective, tmp_path):

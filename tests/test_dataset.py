@@ -204,3 +204,20 @@ def test_what_cannot_be_made_is_refused(root, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "AREA", (0.9, 0.95))
     with pytest.raises(ImageError, match="no ground truth's shape fits"):
         make_dataset(root, tmp_path, categories=["capsule"], count=1, size=SIZE)
+
+
+def test_an_altered_manifest_is_refused_before_an_image_is_made(root, tmp_path):
+    """A count of a thousand million is refused at once, and so is a value of another type."""
+    content = json.loads(make_dataset(root, tmp_path / "made", categories=["grass"], count=1, size=SIZE).read_text())
+    path = tmp_path / "manifest.json"
+    changes = [{"count": 10**9}, {"count": None}, {"size": [0, 0]}, {"size": [10**9, 64]}, {"size": 64}, {"seed": "1"}]
+    changes += [{"protocol": []}, {"sources": []}, {"lenders": [3]}, {"categories": {"grass": 3}}]
+    changes += [{"categories": {"grass": {"images": [{"name": 3}]}}}, {"sources": {"grass/train/good/000.png": 3}}]
+    for change in changes:
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(ImageError, match=r"manifest\.json: damaged or altered"):
+            rebuild_dataset(path, root, tmp_path / "again")
+    path.write_text("[" * 20000)
+    with pytest.raises(ImageError, match=r"manifest\.json: no manifest"):
+        rebuild_dataset(path, root, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

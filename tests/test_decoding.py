@@ -1,5 +1,6 @@
 """Files with more than 8 bits, pages, palettes and links: every pixel has the value that the file means, or is refused."""
 
+import os
 import struct
 import zlib
 
@@ -30,15 +31,18 @@ def in_8_bits(values, white):
 
 def write_png16(path, values):
     """Writes a colour PNG with 16 bits, which Pillow can't write."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(png_of(header, zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))))
+
+
+def png_of(header, rows):
+    """A PNG file of a header and compressed rows."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, channels = values.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def grey_png(path, values):
@@ -128,6 +132,22 @@ def test_negative_pixels_and_a_lost_strip_are_refused(deep, tmp_path):
     assert len(check_images([tmp_path / "cut.tif"])[1]) == 1
 
 
+@pytest.mark.parametrize("kind", ["grey", "rgb", "planar", "tiled", "float", "16 bits"])
+def test_a_tiff_with_fewer_rows_than_it_states_is_refused(kind, deep, tmp_path):
+    values = (deep // 16).astype(np.uint8)
+    options = {"rgb": {"photometric": "rgb"}, "tiled": {"photometric": "rgb", "tile": (16, 16)}}.get(kind, {})
+    if kind == "planar":
+        planar(tmp_path / "x.tif", values)
+    else:
+        one = {"float": np.float32(values[..., 0]), "16 bits": deep[..., 0]}.get(kind, values[..., 0])
+        tifffile.imwrite(tmp_path / "x.tif", values if options else one, **options)
+    assert check_images([tmp_path / "x.tif"])[0]
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        file.pages.first.tags[257].overwrite(3 * H)
+    with pytest.raises(ImageError, match=r"x\.tif"):
+        read_image(tmp_path / "x.tif", white=65535)
+
+
 def test_linked_folders_are_listed_once_around_a_loop(tmp_path):
     (tmp_path / "parts" / "a").mkdir(parents=True)
     (tmp_path / "more").mkdir()
@@ -136,6 +156,44 @@ def test_linked_folders_are_listed_once_around_a_loop(tmp_path):
     (tmp_path / "parts" / "more").symlink_to(tmp_path / "more")
     (tmp_path / "parts" / "a" / "loop").symlink_to(tmp_path / "parts")
     assert [str(relative) for _, relative in list_images([tmp_path / "parts"])] == ["a/1.png", "more/2.png"]
+
+
+def test_a_link_to_nothing_is_an_image_that_is_missing(tmp_path):
+    PIL.Image.new("RGB", (W, H)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere")
+    usable, errors, _ = check_images(path for path, _ in list_images([tmp_path]))
+    assert usable == [tmp_path / "a.png"] and [str(error) for error in errors] == [f"{tmp_path / 'b.png'}: no such file"]
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, read_map])
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_a_pipe_or_a_device_is_refused_before_it_is_read(read, suffix, tmp_path):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(ImageError, match="a pipe or a device"):
+            read(tmp_path / f"{name}{suffix}")
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, read_map])
+def test_an_altered_pixel_of_a_png_is_refused(read, tmp_path):
+    """Pillow reads pixels without their checksum; some altered bits change a pixel and no more."""
+    values = np.random.default_rng(0).integers(0, 6, (H, W)).astype(np.uint8) * 40
+    path, silent = tmp_path / "x.png", 0
+    PIL.Image.fromarray(values).save(path)
+    content = path.read_bytes()
+    for position in range(content.index(b"IDAT") + 6, len(content) - 12):
+        altered = bytearray(content)
+        altered[position] ^= 4
+        path.write_bytes(altered)
+        try:
+            with PIL.Image.open(path) as picture:
+                silent += not np.array_equal(np.asarray(picture), values)
+        except (OSError, SyntaxError):
+            pass
+        with pytest.raises(ImageError, match=r"x\.png"):
+            read(path)
+    assert silent > 0
 
 
 # --- masks
@@ -158,21 +216,30 @@ def drawn(mask, kind):
         return picture
     if kind == "alpha":
         return PIL.Image.merge("RGBA", [PIL.Image.new("L", mask.shape[::-1])] * 3 + [PIL.Image.fromarray(grey * 255)])
+    if kind == "on its side":
+        return PIL.Image.fromarray(np.rot90(grey) * 255)
+    if kind == "cmyk":
+        return PIL.Image.fromarray(grey * 255).convert("RGB").convert("CMYK")
     colour = {"red": (255, 0, 0), "blue": (0, 0, 255), "opaque": (255, 255, 255, 255)}[kind]
     picture = np.where(mask[..., None], colour, (0, 0, 0, 255)[: len(colour)])
     return PIL.Image.fromarray(picture.astype(np.uint8))
 
 
 KINDS = ["1", "127", "255", "bilevel", "16 bits", "labels", "palette", "alpha", "red", "blue", "opaque"]
+KINDS += ["on its side", "cmyk"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_is_read_as_it_was_meant(kind, tmp_path):
     mask = np.zeros((H, W), bool)
     mask[5:12, 3:20] = True
-    drawn(mask, kind).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
-    half = read_mask(tmp_path / "mask.png", size=(H // 2, W // 2))
+    path, options = tmp_path / ("mask.tif" if kind == "cmyk" else "mask.png"), {}
+    if kind == "on its side":
+        options["exif"] = PIL.Image.Exif()
+        options["exif"][274] = 6
+    drawn(mask, kind).save(path, **options)
+    np.testing.assert_array_equal(read_mask(path), mask)
+    half = read_mask(path, size=(H // 2, W // 2))
     assert half.shape == (H // 2, W // 2) and half.sum() == pytest.approx(mask.sum() / 4, rel=0.3)
 
 
@@ -180,6 +247,26 @@ def test_grey_rims_of_a_mask_end_at_half(tmp_path):
     values = np.tile(np.linspace(0, 255, W).astype(np.uint8), (H, 1))
     PIL.Image.fromarray(values).save(tmp_path / "mask.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), values > 127)
+
+
+def test_a_mask_in_which_0_is_white_is_inverted(tmp_path):
+    mask = np.arange(H * W).reshape(H, W) % 7 > 4
+    tifffile.imwrite(tmp_path / "mask.tif", np.where(mask, 0, 65535).astype(np.uint16), photometric="miniswhite")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.tif"), mask)
+
+
+def test_masks_and_maps_of_several_pages_of_no_numbers_or_far_too_large_are_refused(tmp_path):
+    values = np.zeros((2, H, W), np.float32)
+    tifffile.imwrite(tmp_path / "pages.tif", values, photometric="minisblack")
+    values[0, 3, 3] = np.nan
+    tifffile.imwrite(tmp_path / "nan.tif", values[0])
+    side = 14_000
+    rows = zlib.compress(bytes(side * (1 + side // 8)), 1)
+    (tmp_path / "bomb.png").write_bytes(png_of(struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), rows))
+    for name, said in {"pages.tif": "2 pages", "nan.tif": "not finite", "bomb.png": "too large"}.items():
+        for read in (read_mask, read_map, read_image):
+            with pytest.raises(ImageError, match=said):
+                read(tmp_path / name)
 
 
 def test_a_defect_without_an_anomalous_pixel_is_refused(tmp_path):

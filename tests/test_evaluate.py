@@ -195,6 +195,25 @@ def test_a_run_killed_half_way_goes_on_and_ends_with_the_same_tables(root, out, 
     assert (tmp_path / "part" / "tables.md").read_text() == (out / "tables.md").read_text()
 
 
+def test_a_damaged_file_of_a_run_is_named(root, out, tmp_path, capsys):
+    run = Path("runs") / "real-normal-brick-patchcore-efficientnet-lite0"
+    shutil.copytree(out, tmp_path / "part")
+    (record,) = (tmp_path / "part" / "models").glob("*.json")
+    files = [tmp_path / "part" / run / name for name in ("case.json", "curves.json", "images/patch/000.npz")]
+    for file in [*files, record]:
+        content = file.read_bytes()
+        half = bytearray(content)
+        half[len(half) // 2] ^= 1
+        for altered in (b"", content[:-9], b"[]" if file.suffix == ".json" else bytes(half), b"\xff" + content[1:]):
+            file.write_bytes(altered)
+            options = ["--protocol", "real", "--size", str(SIZE), "--ablations", "initialisation", "paper"]
+            evaluating = ["evaluate", str(root), "--out", str(tmp_path / "part"), *options]
+            assert main(evaluating[: 8 if file in files else None]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{file.name}: damaged" in line and "delete it" in line
+        file.write_bytes(content)
+
+
 def test_tables_have_a_row_for_the_mean_and_columns_for_every_method(tmp_path):
     shared = {"protocol": "hard", "setting": "normal", "variant": FULL, "images": 3, "good_images": 1}
     shared |= {"marked_good": 0, "marked_defects": 3}

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import zipfile
 from typing import Any
 
 import jax
@@ -217,6 +218,25 @@ def test_bad_maps_are_refused(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ImageError):
         read_map(path)
+
+
+def test_a_map_larger_than_its_file_is_refused_before_it_takes_memory(tmp_path):
+    for shape in ("(1099511627776, 4)", "(60000, 60000)", "(40, 50)"):
+        text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+        (tmp_path / "map.npy").write_bytes(content)
+        with zipfile.ZipFile(tmp_path / "map.npz", "w") as archive:
+            archive.writestr("map.npy", content)
+        for name in ("map.npy", "map.npz"):
+            with pytest.raises(ImageError, match="too large|truncated"):
+                read_map(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_map_that_32_bits_do_not_hold_is_refused_by_name(value, tmp_path):
+    np.save(tmp_path / "map.npy", np.full((5, 7), value))
+    with pytest.raises(ImageError, match=r"map\.npy: holds values that are not finite"):
+        read_map(tmp_path / "map.npy")
 
 
 @dataclasses.dataclass

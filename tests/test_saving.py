@@ -206,3 +206,31 @@ def test_a_file_makes_nothing_but_the_classes_known(name, tmp_path):
     write_safetensors(tmp_path / "x.model", {}, {"format": FORMAT, "header": header, "sha256": checksum})
     with pytest.raises(ModelError, match=f"x.model: holds a {name}; "):
         load_detector(tmp_path / "x.model")
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '{"detector": [3]}', '{"detector": ' + "[" * 20000, "{}"])
+def test_a_header_that_is_none_is_refused(header, tmp_path):
+    write_model(tmp_path / "x.model", {}, header)
+    with pytest.raises(ModelError, match=r"x\.model: "):
+        load_detector(tmp_path / "x.model")
+
+
+def write_model(path, tensors, header):
+    """Writes a model with the checksum of any header."""
+    texts = {"format": FORMAT, "header": header, "sha256": content_checksum(tensors, header=header)}
+    write_safetensors(path, tensors, texts)
+
+
+def test_a_field_of_another_type_is_refused(saved):
+    """Whoever alters a model can give it a new checksum as well."""
+    tensors, metadata = read_safetensors(saved)
+    for change in ({"size": [96, "96"]}, {"size": [96]}, {"memory_bank": 3}, {"memory_bank": None}, {"calibration": []}):
+        header = json.loads(metadata["header"])
+        header["detector"]["fields"] |= change
+        write_model(saved, tensors, json.dumps(header))
+        with pytest.raises(ModelError, match=rf"patchcore\.model: holds no {next(iter(change))} of a PatchCore"):
+            load_detector(saved)
+    name = json.loads(metadata["header"])["detector"]["fields"]["memory_bank"]["tensor"]
+    write_model(saved, {**tensors, name: tensors[name][0]}, metadata["header"])
+    with pytest.raises(ModelError, match="holds no memory_bank"):
+        load_detector(saved)

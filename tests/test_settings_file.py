@@ -1,6 +1,7 @@
 """Settings in a TOML file."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -63,6 +64,11 @@ def test_a_file_names_only_what_it_changes(tmp_path):
         ('[solver]\nclass = "Proximal"\nmomentum = [0.9]', "solver.momentum"),
         ("[alpha1]\nx = 1", "alpha1: {'x': 1} is not a number"),
         ("alpha1 = ", "settings.toml: Invalid value"),
+        ("alpha1 = nan", "alpha1: nan is not a number"),
+        (f"alpha1 = {'9' * 400}", "is not a number"),
+        (f"alpha1 = {'9' * 5000}", "settings.toml: "),
+        (f"max_steps = {2**31}", "is not a whole number"),
+        (f"alpha1 = {'[' * 20000}", "settings.toml: "),
     ],
 )
 def test_wrong_files_are_refused(text, said, tmp_path):
@@ -73,6 +79,9 @@ def test_wrong_files_are_refused(text, said, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(OptionError, match=r"none\.toml: No such file"):
         read_settings(tmp_path / "none.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(OptionError, match=r"pipe\.toml: a pipe or a device"):
+        read_settings(tmp_path / "pipe.toml")
 
 
 def test_a_whole_number_may_stand_for_a_real_one(tmp_path):

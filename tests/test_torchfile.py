@@ -3,6 +3,7 @@ import copyreg
 import datetime
 import importlib.util
 import io
+import os
 import pickle
 import re
 import struct
@@ -636,3 +637,30 @@ def test_random_damage_is_read_or_refused(tmp_path, peak_memory, layout):
             assert all(isinstance(array, np.ndarray) for array in tensors.values())
     assert refused > 100
     assert peak_memory() < 64e6
+
+
+def test_an_archive_far_larger_than_its_file_is_refused(refusal, peak_memory):
+    count = 1 << 26
+    out = io.BytesIO(zip_file(ordered(w=tensor(storage(count), (2,), (1,))), {}))
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("weights/data/0", "w") as file:
+        for _ in range(256):
+            file.write(bytes(4 * count // 256))
+    assert "far larger when it is unpacked" in refusal(out.getvalue())
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights/data.pkl", bytes(1 << 26))
+    assert "far larger when it is unpacked" in refusal(out.getvalue())
+
+
+@layouts
+def test_many_tensors_of_one_storage_take_no_memory(refusal, peak_memory, layout):
+    count = 1 << 12
+    entries = {f"w{i}": tensor(storage(count), (count,), (1,)) for i in range(2000)}
+    assert "far larger than the file" in refusal(layout(ordered(**entries), {"0": np.ones(count, np.float32)}))
+    assert peak_memory() < 64e6
+
+
+def test_a_pipe_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weights\.pth: .*a pipe or a device"):
+        read_torch_file(tmp_path / "weights.pth")

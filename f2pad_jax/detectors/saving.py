@@ -85,7 +85,13 @@ def load_detector(
         detector = _decode(json.loads(metadata["header"])["detector"], tensors, by_name, files)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:  # the fields of a class have changed since
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # the fields of a class have changed since
         raise ModelError(f"{path}: saved by another version of its class ({error}); fit the model again") from None
     if not isinstance(detector, AbstractDetector):
         raise ModelError(f"{path}: holds no detector; fit the model again")
@@ -122,11 +128,11 @@ def _decode(
         case {"class": name, "fields": fields}:
             if name not in classes:
                 raise ModelError(f"holds a {name}; pass its class to load_detector as classes=({name},)")
-            module = classes[name](**{key: _decode(item, tensors, classes, files) for key, item in fields.items()})
-            for field in dataclasses.fields(module) if classes[name] in CLASSES else ():
-                if not _suits(getattr(module, field.name), field.type):
+            values = {key: _decode(item, tensors, classes, files) for key, item in fields.items()}
+            for field in dataclasses.fields(classes[name]) if classes[name] in CLASSES else ():
+                if field.name in values and not _suits(values[field.name], field.type):
                     raise ModelError(f"holds no {field.name} of a {name}; fit the model again")
-            return module
+            return classes[name](**values)
         case {"tensor": name}:
             return jax.device_put(tensors[name])
         case list():

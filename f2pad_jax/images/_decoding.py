@@ -9,24 +9,30 @@ import PIL.ImageOps
 import tifffile
 from jaxtyping import Shaped
 
-_KIND, _BITS, _PHOTOMETRIC, _ORIENTATION, _WHITE = 254, 258, 262, 274, 281
+_KIND, _BITS, _PHOTOMETRIC, _ORIENTATION, _WHITE, _PLANAR = 254, 258, 262, 274, 281, 284
 """Tags of a TIFF file."""
 _COPY = 1 | 4
 """Bits of a page's kind: a reduced copy of another page, or its transparency mask."""
 
 
 def check_whole(opened: PIL.Image.Image, file: io.BytesIO) -> None:
-    """Refuses a file with several pages, and a PNG of which a part is missing or altered.
+    """Refuses a file with several pages, a TIFF without some of its strips, and an altered PNG.
 
-    Pillow decodes the pixels of a PNG without its checksums.
+    Pillow leaves missing strips black, and decodes the pixels of a PNG without its checksums.
 
     Raises:
-        ValueError: there are several pages.
+        ValueError: there are several pages, or strips are missing.
         OSError: a checksum differs, or the end is missing.
         SyntaxError: a part of the file is no part of a PNG.
     """
     if (pages := _num_pages(opened)) > 1:
         raise ValueError(f"{pages} pages; write each page to a file of its own")
+    if opened.format == "TIFF":
+        boxes = [tile[1] for tile in getattr(opened, "tile", []) if tile[0] == "raw"]
+        planes = len(opened.getbands()) if getattr(opened, "tag_v2", {}).get(_PLANAR) == 2 else 1
+        covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+        if boxes and covered < planes * opened.width * opened.height:
+            raise ValueError("strips or tiles are missing")
     if opened.format == "PNG":
         with PIL.Image.open(io.BytesIO(file.getbuffer())) as copy:
             copy.verify()
