@@ -489,7 +489,7 @@ def of_family(
             continue
         path = place.new(file_name or f"{label}{suffix}")
         replace(path, label)
-        yield Bad(kind, label, path, ""), False
+        yield Bad(kind, label, path, next(iter(goods)) if kind == "journals" else ""), False  # no journal is a new folder
 
 
 def hostile_models(rng: np.random.Generator, model: Path, count: int) -> Iterator[tuple[str, bytes, str]]:
