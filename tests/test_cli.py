@@ -279,7 +279,7 @@ def test_a_name_of_any_bytes_is_refined_and_named_in_one_line(model, defective, 
         assert line.startswith("f2pad: error: ") and shown in line
 
 
-def test_a_full_disk_is_named_with_its_file(defective, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_named_with_its_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -228,7 +228,7 @@ def test_a_map_larger_than_its_file_is_refused_before_it_takes_memory(tmp_path):
         with zipfile.ZipFile(tmp_path / "map.npz", "w") as archive:
             archive.writestr("map.npy", content)
         for name in ("map.npy", "map.npz"):
-            with pytest.raises(ImageError, match="too large|truncated"):
+            with pytest.raises(ImageError, match=r"too large|truncated"):
                 read_map(tmp_path / name)
 
 

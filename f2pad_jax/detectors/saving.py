@@ -163,7 +163,7 @@ def _suits(value: Any, kind: Any) -> bool:
         parts = [parts[0]] * len(value) if parts[-1] is ... else parts
         return len(value) == len(parts) and all(map(_suits, value, parts))
     if kind in (int, float):
-        return not isinstance(value, bool) and isinstance(value, (int, kind))
+        return not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= np.finfo(np.float32).max
     if array := getattr(kind, "array_type", None):  # of jaxtyping
         axes = kind.dim_str.split()
         return isinstance(value, array) and (len(axes) == value.ndim or "*" in kind.dim_str or "..." in axes)

@@ -190,7 +190,9 @@ def read_record(path: Path) -> dict[str, Any]:
         RunError: the file is damaged.
     """
     with _reading(path):
-        return dict(json.loads(regular(path).read_bytes()))
+        if isinstance(record := json.loads(regular(path).read_bytes()), dict):
+            return record
+        raise ValueError
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def _array(path: str | Path) -> Shaped[np.ndarray, "h w"] | None:
         raise ImageError(f"{path}: no map that can be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _npy(file: io.BufferedIOBase, size: int) -> Shaped[np.ndarray, "h w"] | None:
+def _npy(file: Any, size: int) -> Shaped[np.ndarray, "h w"] | None:
     """Returns the array of a file of ``size`` bytes; its header asks for no more memory than the file's data."""
     file.seek(0)
     version = np.lib.format.read_magic(file)
@@ -264,8 +264,9 @@ def state_of(path: str | Path) -> list[int | str]:
 def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
     """Lists the images under each source (file, folder or bucket), sorted, each with its path relative to the source.
 
-    In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A link to nothing is listed: an image
-    is missing, which its reader says. A source that is a file is always listed. An image in a bucket is listed by its address (a string), any other image by its path.
+    In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A link to nothing is listed: an image is
+    missing, as its reader says. A source that is a file is always listed. An image in a bucket is listed by its address (a
+    string), any other image by its path.
 
     Raises:
         ImageError: a source is missing, or a folder holds no image.
