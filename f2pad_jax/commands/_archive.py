@@ -1,7 +1,7 @@
 """Output folder of ``f2pad refine``: an archive of the results of all runs that wrote into it.
 
-Its journal, ``results.jsonl``, has a line with a checksum for each image that is done. A stopped, repeated or larger run does
-only the images that are missing or have changed. ``results.json`` is written from the journal at the end of every run.
+Its journal, ``results.jsonl``, has a line with a checksum for each image that is done. A stopped, repeated or larger run
+does only the images that are missing or have changed. ``results.json`` is written from the journal at the end of every run.
 """
 
 import contextlib

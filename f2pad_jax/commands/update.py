@@ -14,6 +14,7 @@ from f2pad_jax.commands._console import (
     add_strict,
     exit_status,
     make_folder,
+    only_writer,
     shown_progress,
 )
 from f2pad_jax.commands._model_files import described_verdict, write_chart
@@ -53,13 +54,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise OptionError("--undo takes the model alone, without images or --out")
         undo(model, arguments.weights, arguments.false_alarms)
         return 0
-    detector = load_detector(model, weights=arguments.weights)
     if not arguments.images:
-        print(table(detector.calibrated.added) or f"{model}: no update added an image")
+        added = load_detector(model, weights=arguments.weights).calibrated.added
+        print(table(added) or f"{model}: no update added an image")
         return 0
     if out.is_dir():
         raise OptionError(f"{out}: this is a folder; --out must name the model file to write")
     make_folder(out.parent)
+    with only_writer(out):
+        return add_images(arguments, out)
+
+
+def add_images(arguments: argparse.Namespace, out: Path) -> int:
+    """Writes the updated model, and prints what has changed; the exit status is 3 if an image can't be used."""
+    detector = load_detector(arguments.model, weights=arguments.weights)
     paths, errors, _ = check_images((path for path, _ in list_images(arguments.images)), strict=arguments.strict)
     status = exit_status(errors)
     if not paths:
@@ -69,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     added = updated.calibrated.added[len(detector.calibrated.added) :]
     if len(added) < len(paths):
         print(f"{len(paths) - len(added)} of {len(paths)} images were added before")
-    if not added and out == model:
+    if not added and out == arguments.model:
         return status
     replace_model(out, updated)
     write_chart(out, updated, arguments.false_alarms)

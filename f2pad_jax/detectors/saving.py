@@ -154,6 +154,9 @@ def _backbone(name: str, layers: tuple[str, ...], checksum: bytes, files: Sequen
     raise ModelError(f"fitted with other weights of {name}; give these weights, or fit the model again")
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def _suits(value: Any, kind: Any) -> bool:
     """Returns whether a value has the type of a field."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -163,7 +166,7 @@ def _suits(value: Any, kind: Any) -> bool:
         parts = [parts[0]] * len(value) if parts[-1] is ... else parts
         return len(value) == len(parts) and all(map(_suits, value, parts))
     if kind in (int, float):
-        return not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= np.finfo(np.float32).max
+        return not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= _LARGEST
     if array := getattr(kind, "array_type", None):  # of jaxtyping
         axes = kind.dim_str.split()
         return isinstance(value, array) and (len(axes) == value.ndim or "*" in kind.dim_str or "..." in axes)
