@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add_images(arguments: argparse.Namespace, out: Path) -> int:
-    """Writes the updated model, and prints what has changed; the exit status is 3 if an image can't be used."""
+    """Writes the updated model, and prints the changes; the exit status is 3 if an image can't be used."""
     detector = load_detector(arguments.model, weights=arguments.weights)
     paths, errors, _ = check_images((path for path, _ in list_images(arguments.images)), strict=arguments.strict)
     status = exit_status(errors)

@@ -265,8 +265,8 @@ def list_images(sources: Sequence[str | Path]) -> list[tuple[Any, Path]]:
     """Lists the images under each source (file, folder or bucket), sorted, each with its path relative to the source.
 
     In a folder, hidden files and files without one of :data:`SUFFIXES` are skipped. A link to nothing is listed: an image
-    is missing, as its reader says. A source that is a file is always listed. An image in a bucket is listed by its address (a
-    string), any other image by its path.
+    is missing, as its reader says. A source that is a file is always listed. An image in a bucket is listed by its
+    address (a string), any other image by its path.
 
     Raises:
         ImageError: a source is missing, or a folder holds no image.
