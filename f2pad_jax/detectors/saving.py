@@ -85,13 +85,7 @@ def load_detector(
         detector = _decode(json.loads(metadata["header"])["detector"], tensors, by_name, files)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # the fields of a class have changed since
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of another version
         raise ModelError(f"{path}: saved by another version of its class ({error}); fit the model again") from None
     if not isinstance(detector, AbstractDetector):
         raise ModelError(f"{path}: holds no detector; fit the model again")
@@ -166,7 +160,9 @@ def _suits(value: Any, kind: Any) -> bool:
         parts = [parts[0]] * len(value) if parts[-1] is ... else parts
         return len(value) == len(parts) and all(map(_suits, value, parts))
     if kind in (int, float):
-        return not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= _LARGEST
+        return (
+            not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= float(np.finfo(np.float32).max)
+        )
     if array := getattr(kind, "array_type", None):  # of jaxtyping
         axes = kind.dim_str.split()
         return isinstance(value, array) and (len(axes) == value.ndim or "*" in kind.dim_str or "..." in axes)
