@@ -149,6 +149,7 @@ def _backbone(name: str, layers: tuple[str, ...], checksum: bytes, files: Sequen
 
 
 _LARGEST = float(np.finfo(np.float32).max)
+"""Largest number that 32 bits hold."""
 
 
 def _suits(value: Any, kind: Any) -> bool:
@@ -160,9 +161,7 @@ def _suits(value: Any, kind: Any) -> bool:
         parts = [parts[0]] * len(value) if parts[-1] is ... else parts
         return len(value) == len(parts) and all(map(_suits, value, parts))
     if kind in (int, float):
-        return (
-            not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= float(np.finfo(np.float32).max)
-        )
+        return not isinstance(value, bool) and isinstance(value, (int, kind)) and abs(value) <= _LARGEST
     if array := getattr(kind, "array_type", None):  # of jaxtyping
         axes = kind.dim_str.split()
         return isinstance(value, array) and (len(axes) == value.ndim or "*" in kind.dim_str or "..." in axes)

@@ -23,9 +23,6 @@ CURVES = "curves.json"
 SHARED_BY_VARIANTS = ("image", "truth", "coarse_map", "coarse_mask", "region", "normal")
 """Arrays of an image that are kept once for all variants."""
 
-OF_CASE = ("category", "method", "backbone", "protocol", "setting", "seed", "inpainter", "samples")
-"""Entries that every ``case.json`` has."""
-
 Curves = dict[str, list[float]]
 """Value of Eq. (12) and of each of its terms before every step, by name."""
 
@@ -178,7 +175,6 @@ def read_case(folder: Path) -> dict[str, Any]:
     """
     record = read_record(folder / "case.json")
     with _reading(folder / "case.json"):
-        [record[name] for name in OF_CASE]
         [_file(folder, name) for name in record["samples"]]
     return record
 
