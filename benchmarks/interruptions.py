@@ -109,15 +109,15 @@ def may_mount() -> bool:
     return bool(shutil.which("unshare")) and run(isolated("mount -t tmpfs none /mnt", [])).returncode == 0
 
 
-def kill(job: Job, out: Path, moment: float) -> None:
-    """Runs a job and kills it after a number of seconds."""
+def kill(job: Job, out: Path, moment: float) -> bool:
+    """Runs a job and kills it after a number of seconds; returns whether it had not ended before."""
     words = command(job, out)
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return process.wait() == -signal.SIGKILL
 
 
 def leftovers(out: Path) -> list[Path]:
@@ -142,14 +142,14 @@ def run_processes(folder: Path, seed: int, kills: int) -> None:
             seconds[name] = time.perf_counter() - start
             assert done.returncode == 0, done.stderr
         expected[name] = job.results(out)
-    print(f"\n{'command':<16}{'seconds':>9}{'kills':>7}{'resumed equal':>15}{'files left':>12}")
+    print(f"\n{'command':<16}{'seconds':>9}{'kills':>7}{'alive':>7}{'resumed equal':>15}{'files left':>12}")
     for k, (name, job) in enumerate(known.items()):
         count = kills // len(known) + (k < kills % len(known))
-        equal, left = 0, 0
+        alive, equal, left = 0, 0, 0
         for number in range(count):
             out = folder / "killed" / f"{name}{number}" / "out"
             out.parent.mkdir(parents=True)
-            kill(job, out, float(rng.uniform(0, seconds[name])))
+            alive += kill(job, out, float(rng.uniform(0, seconds[name])))
             done = run(command(job, out))
             same = done.returncode == 0 and job.results(out) == expected[name]
             if not same:
@@ -157,7 +157,7 @@ def run_processes(folder: Path, seed: int, kills: int) -> None:
             equal += same
             left += len(leftovers(out))
             shutil.rmtree(out.parent)
-        print(f"{name:<16}{seconds[name]:9.1f}{count:7}{equal:15}{left:12}", flush=True)
+        print(f"{name:<16}{seconds[name]:9.1f}{count:7}{alive:7}{equal:15}{left:12}", flush=True)
     print()
     for text in faults(folder, known, expected):
         print(text, flush=True)
