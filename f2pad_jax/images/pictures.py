@@ -83,7 +83,7 @@ def contact_sheet(
         left, top = gap + number % across * (cell + gap), gap + number // across * (cell + line + gap)
         tile = PIL.ImageOps.pad(PIL.Image.fromarray(to_uint8(picture)), (cell, cell), color="#eee")
         sheet.paste(tile, (left, top))
-        while draw.textlength(text, font) > cell:
+        while len(text) > 1 and draw.textlength(text, font) > cell:
             text = f"…{text[2:]}"
         draw.text((left, top + cell + 2), text, colour, font)
     return np.asarray(sheet)
