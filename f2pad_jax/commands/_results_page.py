@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from f2pad_jax._storage import write_atomically
+from f2pad_jax.errors import one_line
 from f2pad_jax.evaluation.report import script_data
 from f2pad_jax.images.pictures import contact_sheet
 from f2pad_jax.regions.formats import write_tables
@@ -45,7 +46,7 @@ def write_sheet(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Writes ``sheet.jpg``: the overlays of the images with the highest scores, at most :data:`ON_SHEET`, highest first."""
     shown = sorted(records, key=lambda record: -record["score"])[:ON_SHEET]
     overlays = (np.asarray(PIL.Image.open(out / record["overlay"])) for record in shown)
-    captions = [(f"{record['name']}  {record['score']:.2f}", COLOURS[record["verdict"]]) for record in shown]
+    captions = [(f"{one_line(record['name'])}  {record['score']:.2f}", COLOURS[record["verdict"]]) for record in shown]
     file = io.BytesIO()
     PIL.Image.fromarray(contact_sheet(overlays, captions)).save(file, "JPEG", quality=88)
     write_atomically(out / "sheet.jpg", file.getvalue())
