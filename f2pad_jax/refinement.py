@@ -71,7 +71,7 @@ def refine(
             The detector then only supplies the features that judge n. See
             :class:`~f2pad_jax.method.Given` for its levels.
         coarse_mask: pixels of each image where an anomaly is suspected: a mask of any size, a box, points or a scribble. It
-            takes the place of the map too. An image without such a pixel is good.
+            is suspect as a whole; inside it, the detector's map weighs the pixels. An image without such a pixel is good.
         windows: whether each separate part of the suspect region is solved in the smallest window that holds it. Otherwise
             the region is solved in the whole image. Windows are several times faster on a CPU. They depend on the data,
             and a transform such as ``jit`` refuses them. A network whose every feature depends on the whole image is always

@@ -48,17 +48,24 @@ class Given(eqx.Module):
         return None
 
     def read_by(
-        self, detector: AbstractDetector, ignored: Bool[Array, "h w"] | None = None
+        self, detector: AbstractDetector, x: Float[Array, "h w 3"], ignored: Bool[Array, "h w"] | None = None
     ) -> tuple[Float[Array, "h w"], AbstractDetector]:
         """Returns the map at the detector's size, and the detector with the levels of this map.
 
         The levels are the detector's if it was fitted with coarse maps of normal images. Otherwise the map runs from 0, its
         median, to 1, its maximum, and pixels above 0.5 are anomalous. The least value takes the median's place if more than
-        half of the pixels have the maximum. A mask is such a map. Only the pixels that are not ``ignored`` count.
+        half of the pixels have the maximum. Only the pixels that are not ``ignored`` count.
+
+        A mask becomes a map above 0.5 inside the mask and 0 outside. A mask does not say how likely each of its pixels is:
+        a box has good pixels, too. Inside it, the detector's own map therefore runs from 0.5, its median, to 1.
         """
         c = detector.calibrated
         if self.is_mask:
-            values = scaled_mask(self.values > 0.5, detector.size, 1e-3).astype(jnp.float32)
+            inside = scaled_mask(self.values > 0.5, detector.size, 1e-3)
+            found = counted(detector.anomaly_map(x), ignored)
+            low, high = jnp.median(found), jnp.max(jnp.where(inside, found, -jnp.inf))
+            likely = jnp.clip((found - low) / jnp.maximum(high - low, 1e-6), 0, 1)
+            values = jnp.where(inside, 0.51 + 0.49 * likely, 0)
         else:
             values = scaled(self.values, detector.size)
             if c.maps == "given":
@@ -126,7 +133,7 @@ def look(
     x = normalise(resized(image, detector.size))
     masks = [m for m in (detector.calibrated.ignored, ignored) if m is not None]
     ignored = jnp.any(jnp.stack([scaled_mask(m, detector.size, 1e-3) for m in masks]), axis=0) if masks else None
-    anomaly_map, detector = (detector.anomaly_map(x), detector) if given is None else given.read_by(detector, ignored)
+    anomaly_map, detector = (detector.anomaly_map(x), detector) if given is None else given.read_by(detector, x, ignored)
     anomaly_map = counted(anomaly_map, ignored)
     excess, threshold = detector.excess(anomaly_map)
     score, p_value = detector.verdict(anomaly_map, settings.false_alarms)
