@@ -40,6 +40,7 @@ from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from anomalib.models import Cflow, Padim, Patchcore
 from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import seed_everything
 from PIL import Image
 
@@ -102,7 +103,11 @@ def train(name: str, data: Path, weights: Path, folder: Path) -> tuple[torch.nn.
     """Trains a model with anomalib; returns it and its engine."""
     seed_everything(0, verbose=False)
     cls, options = MODELS[name]
-    model = cls(backbone="resnet18", pre_trained=False, pre_processor=cls.configure_pre_processor(SIZE), **options)
+    processors = {
+        "pre_processor": cls.configure_pre_processor(SIZE),
+        "post_processor": PostProcessor(enable_normalization=False),  # else maps are cut off at 1
+    }
+    model = cls(backbone="resnet18", pre_trained=False, **processors, **options)
     give_weights(model.model, weights)
     defect = min(path.name for path in (data / "test").iterdir() if path.name != "good")
     images = Folder(

@@ -16,6 +16,7 @@ import PIL.Image
 from anomalib import models
 from anomalib.data import Folder
 from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
 
 import f2pad_jax
 from f2pad_jax.data import open_category
@@ -50,7 +51,8 @@ def main() -> None:
         num_workers=0,
         val_split_mode="same_as_test",
     )
-    model = getattr(models, arguments.model)(**arguments.options)
+    whole_maps = PostProcessor(enable_normalization=False)  # by default, maps are cut off at 1
+    model = getattr(models, arguments.model)(post_processor=whole_maps, **arguments.options)
     epochs = {} if arguments.epochs < 0 else {"max_epochs": arguments.epochs}
     engine = Engine(default_root_dir=arguments.out / "anomalib", logger=False, **epochs)
     engine.fit(model, datamodule=data)
