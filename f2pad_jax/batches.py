@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.errors import OptionError
@@ -66,10 +66,8 @@ def refine_batches(
             waiting.append(batch)
             for number, path in enumerate(batch.image_path):
                 good = not given and labels is not None and not bool(labels[number])
-                yield (
-                    Path(path),
-                    (np.zeros_like(maps[number]) if good else maps[number]),
-                )  # a constant map is a good image's
+                # a constant map says that the image is good
+                yield Path(path), np.zeros_like(maps[number]) if good else maps[number]
 
     paths, maps = itertools.tee(predictions())
     found: list[Refined] = []
@@ -92,7 +90,7 @@ def _refined(batch: Batch, results: list[Refined], verdicts: bool) -> Batch:
     """Returns a copy of a batch with the results of its images; with their scores and labels too if ``verdicts`` is set."""
     size = _maps(batch).shape[1:]
     probability = np.stack([_shrunk(jnp.asarray(result.probability), size) for result in results])
-    changes: dict[str, Num[np.ndarray, ...]] = {"anomaly_map": probability, "pred_mask": probability > 0.5}
+    changes = {"anomaly_map": probability, "pred_mask": probability > 0.5}
     if verdicts:
         changes["pred_score"] = np.array([result.score for result in results], np.float32)
         changes["pred_label"] = np.array([result.defective for result in results])
