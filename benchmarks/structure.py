@@ -26,7 +26,7 @@ ORDER = (
     ("method",),
     ("streaming",),
     ("refinement", "regions"),
-    ("batches", "tuning"),
+    ("batches", "tuning", "warmup"),
     ("evaluation",),
     ("commands",),
 )

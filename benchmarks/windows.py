@@ -103,7 +103,7 @@ def solve_part(
     def run_phase(region: jax.Array, phase: int):
         phases = jnp.full(1, phase)
         lanes = programs.start(detector, (window,), (region,), phases, settings, exemplar, alone=True)
-        return programs.advance_jit((detector, settings, busy, enough), lanes)[0]
+        return programs.advance_jit((detector, settings, busy, enough, jnp.asarray(2**30)), lanes)[0]
 
     lanes = run_phase(window.region, 0)
     (found,) = programs.draw((detector, (window,), settings, place[None]), lanes)

@@ -143,6 +143,7 @@ def refine_many(
     windows: bool | None = None,
     lanes: int | None = None,
     devices: Sequence[Any] | None = None,
+    budget: float | int | None = None,
     on_error: Callable[[int, F2padError], None] | None = None,
 ) -> Iterator[Refined]:
     """Refines any number of images, on all devices, in bounded memory.
@@ -162,6 +163,9 @@ def refine_many(
         lanes: number of parts solved side by side on each device; on each core, if a CPU is the only device. Default: 1 on
             a CPU, elsewhere as many as the memory holds, at most 64.
         devices: devices to run on; default: all devices of this process (``jax.local_devices()``).
+        budget: time that the solver may take for an image, seconds; divided among the image's parts. It stops at the next
+            check (``Settings.steps_per_check``), with the outcome ``TIME_LIMIT``. The verdict, the first guess and the
+            drawing of the mask take further time, and compiling does not count. Default: no limit.
         on_error: function that receives the number of an image that can't be used, and its error. The image then has no
             result, and the others go on. Default: the error is raised.
 
@@ -171,9 +175,12 @@ def refine_many(
     Raises:
         ImageError: an image has a wrong shape, dtype or range, or can't be read; the results before it have been yielded.
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
-        OptionError: ``lanes`` is less than 1; or there are not as many masks or maps as images; or as for ``refine``.
+        OptionError: ``lanes`` is less than 1, or ``budget`` is not positive; or there are not as
+            many masks or maps as images; or as for ``refine``.
     """
     _check(detector, settings, lanes)
+    if budget is not None and not budget > 0:
+        raise OptionError(f"budget={budget}: must be above 0")
     if isinstance(source, (str, Path)) or (isinstance(source, (np.ndarray, jax.Array)) and not _is_batch(source)):
         raise ImageError("refine_many takes several images: a list of arrays or paths, or an array (n, h, w, 3)")
     inpainter = choose(inpaint, detector.calibrated.normals)
@@ -188,7 +195,7 @@ def refine_many(
 
     def worker(device: Any, calls: Calls) -> Device:
         constants = (settings or Settings()).traced()
-        return Device(device, Setup(detector, constants, inpainter, use_windows, lanes, max_lanes, calls))
+        return Device(device, Setup(detector, constants, inpainter, use_windows, lanes, max_lanes, calls, budget))
 
     if devices:
         workers = [functools.partial(worker, device, Calls()) for device in devices]

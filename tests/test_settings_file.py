@@ -48,7 +48,7 @@ def test_a_file_names_only_what_it_changes(tmp_path):
         ("alpha3 = 1", "no constant 'alpha3'"),
         ("[solver]\nspeed = 1", "no constant 'solver.speed'"),
         ('[solver]\nclass = "Newton"', "no class 'Newton'; there are Descent, Proximal"),
-        ('preset = "fast"', "no preset 'fast'"),
+        ('preset = "faster"', "no preset 'faster'"),
         ("max_steps = 1.5", "max_steps: 1.5 is not a whole number of at least 0"),
         ("dilation = -3", "dilation: -3 is not a whole number"),
         ("alpha1 = true", "alpha1: True is not a number"),

@@ -1,5 +1,6 @@
 """Many images in lanes get what each gets alone, in order, whatever the lanes and devices."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import MeanColour, bright_blocks, calibration
 
-from f2pad_jax import Outcome, Settings, refine, refine_many, refinement
+from f2pad_jax import Outcome, Settings, refine, refine_many, refinement, warm_up
 from f2pad_jax.errors import ImageError, OptionError
 from f2pad_jax.images import write_png
 from f2pad_jax.images.metrics import iou
@@ -219,6 +220,73 @@ def test_there_are_as_many_lanes_as_memory_holds(blocks, monkeypatch):
         assert chosen.pop() == lanes
     for one, *others in zip(roomy, tight, half, strict=True):
         assert one.mask.any() and all(iou(one.mask, other.mask) > 0.95 for other in others)
+
+
+def test_without_time_or_steps_the_mask_is_drawn_from_the_first_guess(blocks, monkeypatch):
+    """The program of the steps is then not even compiled."""
+    detector, images = blocks
+
+    def forbidden(*_):
+        raise AssertionError("the program of the steps is called")
+
+    monkeypatch.setattr(programs, "advance_jit", forbidden)
+    fast = list(refine_many(detector, images, settings=Settings.fast()))
+    late = list(refine_many(detector, images, budget=1e-9))
+    for one, other in zip(fast, late, strict=True):
+        assert one.mask.any() and one.steps == other.steps == 0
+        assert (one.outcome, other.outcome) == (Outcome.STEP_LIMIT, Outcome.TIME_LIMIT)
+        np.testing.assert_array_equal(one.probability, other.probability)
+        np.testing.assert_array_equal(one.normal, other.normal)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_time_limit_that_no_image_reaches_changes_nothing(blocks, lanes):
+    detector, images = blocks
+    free = refine_many(detector, images, lanes=lanes)
+    for one, other in zip(free, refine_many(detector, images, lanes=lanes, budget=1000), strict=True):
+        assert one.steps > 10
+        assert_same(one, other)
+
+
+def test_a_time_limit_stops_the_steps_of_a_part(blocks, monkeypatch):
+    """The clock goes on by one second a look; a limit of seven seconds leaves three checks of ten steps."""
+    detector, images = blocks
+    ticks = itertools.count()
+    monkeypatch.setattr(programs.Calls, "clock", lambda self: float(next(ticks)))
+    (one,) = refine_many(detector, images[:1], budget=7, settings=ENDLESS)
+    assert one.outcome == Outcome.TIME_LIMIT and one.steps == 30
+    (other,) = refine_many(detector, images[:1], settings=dataclasses.replace(ENDLESS, max_steps=30, restore_steps=0))
+    np.testing.assert_array_equal(one.mask, other.mask)
+
+
+ENDLESS = Settings(solver=Settings().solver.without_stopping())
+
+
+@pytest.mark.parametrize("budget", [0, -1.0])
+def test_a_time_limit_is_above_0(blocks, budget):
+    with pytest.raises(OptionError, match="above 0"):
+        next(refine_many(*blocks, budget=budget))
+
+
+def test_after_warm_up_no_defect_compiles_a_program(blocks, monkeypatch):
+    """The image is larger than the detector's, and its crops have sizes of their own."""
+    monkeypatch.setattr(programs, "make_room", lambda: False)
+    detector, images = blocks
+    rng = np.random.default_rng(0)
+    image = np.asarray(jax.image.resize(images[0], (70, 90, 3), "nearest"))
+    masks = [np.zeros((24, 24), bool) for _ in range(4)]
+    for mask, side in zip(masks, (1, 3, 6, 9), strict=True):
+        i, j = rng.integers(0, 24 - side, 2)
+        mask[i : i + side, j : j + side] = True
+    stages = []
+    assert warm_up(detector, image, settings=SHORT, progress=lambda *stage: stages.append(stage)) >= 1
+    assert stages[-1][1] == stages[-1][2] == len(stages) - 1
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
+    found = [*refine_many(detector, [image] * len(masks), coarse_mask=masks), *refine_many(detector, iter([image]))]
+    assert not compiled and all(result.region.any() for result in found)
 
 
 def test_groups_are_begun_and_decided_together(blocks, monkeypatch):

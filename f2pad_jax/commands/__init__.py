@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure detectors with and without refinement, as in the paper's tables; a stopped run continues",
     "bench": "measure images per second, and the time of each stage, on this machine; needs a source checkout",
     "weights": "list, download, convert and verify the weights of the networks",
+    "warmup": "compile the programs of a model ahead, for a deployment",
     "cache": "show the compiled programs that are kept for later runs, or delete them",
     "doctor": "show devices, versions, weights, caches and optional packages, and name what is missing",
 }

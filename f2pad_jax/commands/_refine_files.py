@@ -53,6 +53,7 @@ def worker(
     *,
     inpaint: str = INPAINTERS[0],
     lanes: int | None = None,
+    budget: float | None = None,
     history: bool = False,
     settings: Settings | None = None,
     ignore: Path | None = None,
@@ -67,6 +68,7 @@ def worker(
         out: folder for the results.
         inpaint: name of the inpainter.
         lanes: as for :func:`f2pad_jax.refine_many`.
+        budget: as for ``refine_many``.
         history: whether to write the history of each image as well.
         settings: constants of the method.
         ignore: picture of the pixels that do not count in any image, or folder with a picture for each image.
@@ -94,7 +96,9 @@ def worker(
         states = [file_state(path) for path in paths]  # before they are read: a file may change while it is refined
         of_images = {key: [file[key] for file in files] for key in (files[0] if files else ())}
         options = {"settings": settings, "inpaint": inpaint}
-        results = refine_many(detector, paths, lanes=lanes, on_error=failed.__setitem__, **of_images, **options)
+        results = refine_many(
+            detector, paths, lanes=lanes, budget=budget, on_error=failed.__setitem__, **of_images, **options
+        )
         for count, result in enumerate(results):
             number = count + len(failed)  # errors come in the order of the images, too
             path, name = ready[number]

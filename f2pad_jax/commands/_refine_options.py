@@ -11,12 +11,14 @@ from f2pad_jax._version import __version__
 from f2pad_jax.commands._archive import Record
 from f2pad_jax.commands._console import add_false_alarms, add_model_weights, at_least, positive
 from f2pad_jax.commands._refine_files import Reported, checksum_of
-from f2pad_jax.commands._settings_file import read_settings
+from f2pad_jax.commands._settings_file import PRESETS, read_settings
 from f2pad_jax.detectors.base import AbstractDetector
 from f2pad_jax.detectors.saving import load_detector
 from f2pad_jax.errors import OptionError
 from f2pad_jax.inpainting._choice import INPAINTERS, full_name
-from f2pad_jax.method.settings import Settings
+
+EFFORTS = "normal", "fast"
+"""Names in :data:`~f2pad_jax.commands._settings_file.PRESETS`, the default first."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +36,14 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="inpainter that makes the first guess of the normal image (default: %(default)s)",
     )
     add_false_alarms(parser, from_settings=True)
+    settings = parser.add_mutually_exclusive_group()
+    text = "'fast' draws masks from the first guess of the normal image, without the solver's steps (default: %(default)s)"
+    settings.add_argument("--effort", choices=EFFORTS, default=EFFORTS[0], help=text)
     text = "settings in a TOML file, such as the settings.toml that 'f2pad refine' writes into its output folder"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    settings.add_argument("--config", type=Path, metavar="FILE", help=text)
+    text = "time that the solver may take for an image; the first guess, the mask and compiling take further time "
+    text += "(default: no limit)"
+    parser.add_argument("--budget", type=positive, metavar="SECONDS", help=text)
     parser.add_argument(
         "--lanes",
         type=int,
@@ -52,13 +60,14 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the values of the arguments of :func:`add_method`, as options of ``_refine_files.worker``."""
-    settings = Settings() if arguments.config is None else read_settings(arguments.config)
+    settings = read_settings(arguments.config) if arguments.config else PRESETS[arguments.effort]()
     if arguments.false_alarms is not None:
         settings = dataclasses.replace(settings, false_alarms=arguments.false_alarms)
     reported = Reported(arguments.min_area, arguments.min_score, arguments.mm_per_pixel)
     return {
         "inpaint": full_name(arguments.inpaint),
         "lanes": arguments.lanes,
+        "budget": arguments.budget,
         "settings": settings,
         "reported": reported,
     }
@@ -72,7 +81,11 @@ def recipe_of(model: Path, options: Mapping[str, Any]) -> Record:
         options: options of ``_refine_files.worker``.
     """
     recipe = {"version": __version__, "model": str(model), "sha256": file_sha256(model), "inpaint": options["inpaint"]}
-    recipe |= {"history": options.get("history", False), "settings": options["settings"].described()}
+    recipe |= {
+        "history": options.get("history", False),
+        "budget": options["budget"],
+        "settings": options["settings"].described(),
+    }
     return recipe | options["reported"]._asdict() | {n: checksum_of(options.get(n)) for n in ("ignore", "maps", "masks")}
 
 

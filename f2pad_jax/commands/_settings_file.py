@@ -29,7 +29,7 @@ PARTS = {
     "stopping": (Stopping,),
 }
 """Classes that a table of the file may name as its ``class``, by the name of the table."""
-PRESETS = {"default": Settings, "paper": Settings.paper}
+PRESETS = {"normal": Settings, "fast": Settings.fast, "paper": Settings.paper}
 """Settings from which a file may start, as its ``preset``."""
 NONE = "none"
 """Value of an absent constant."""
@@ -45,7 +45,7 @@ def read_settings(path: Path) -> Settings:
         table = tomllib.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # a whole number of 4300 digits is a ValueError
         raise OptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    preset = table.pop("preset", "default")
+    preset = table.pop("preset", "normal")
     try:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise OptionError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")

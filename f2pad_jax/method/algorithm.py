@@ -126,7 +126,7 @@ class Run(eqx.Module):
     @property
     def going(self) -> Bool[Array, ""]:
         """Whether another step may be taken."""
-        return self.iterate.going(self.max_steps)
+        return jnp.asarray(self.iterate.going(self.max_steps))
 
     def with_detector(self, detector: AbstractDetector) -> Problem:
         """Returns the problem with its detector."""

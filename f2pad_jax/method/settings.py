@@ -105,6 +105,11 @@ class Settings(eqx.Module):
         return wadler_lindig.pformat(self, width=100, hide_defaults=False, short_arrays=False)
 
     @staticmethod
+    def fast() -> "Settings":
+        """Returns settings without a step: the mask is drawn from the first guess n0, which also stays the normal image."""
+        return Settings(max_steps=0, restore_steps=0)
+
+    @staticmethod
     def paper(*, alpha1: Scalar = 0.01, beta0: Scalar = 3000.0) -> "Settings":
         """Returns the paper's settings, with our choice where the paper is silent.
 

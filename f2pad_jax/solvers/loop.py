@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.detectors.base import Context
@@ -23,6 +24,7 @@ class Outcome(enum.IntEnum):
     NON_FINITE = 3
     COVERS_IMAGE = 4
     COARSE_MASK = 5
+    TIME_LIMIT = 6
 
     @property
     def message(self) -> str:
@@ -38,6 +40,7 @@ _MESSAGES = {
     "the image has values outside 0..1",
     Outcome.COVERS_IMAGE: "the suspect region covers the image, or the mask covers more than half of it",
     Outcome.COARSE_MASK: "the solution leaves no anomaly in this defective image: the coarse mask stays",
+    Outcome.TIME_LIMIT: "stopped at the time limit; the mask is usable, more time may sharpen it",
 }
 
 
@@ -70,7 +73,7 @@ class Iterate(NamedTuple):
     converged: Bool[Array, ""]
     """Whether a stopping rule applied."""
 
-    def going(self, max_steps: int | Int[Array, ""]) -> Bool[Array, ""]:
+    def going(self, max_steps: int | Int[Array | np.ndarray, "*l"]) -> Bool[Array | np.ndarray, "*l"] | np.bool:
         """Returns whether another step may be taken."""
         return ~self.converged & ~self.failed & (self.steps < max_steps)
 

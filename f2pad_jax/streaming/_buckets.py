@@ -8,6 +8,7 @@ lanes go on where they were. No lane depends on another lane.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from f2pad_jax.solvers.loop import Outcome
 from f2pad_jax.streaming import _programs as programs
 from f2pad_jax.streaming._programs import Setup
 from f2pad_jax.streaming._stream import Worker
+
+NO_LIMIT = 2**30
+"""Number of checks of the stopping rules that no part reaches."""
 
 
 @dataclasses.dataclass
@@ -50,6 +54,10 @@ class Part:
 
     job: Job
     window: Window
+    share: float
+    """Share of the time that the solver may take for the image."""
+    ends: float = math.inf
+    """Time at which the solver stops, on the clock of :class:`~f2pad_jax.streaming._programs.Calls`."""
     found: Solved | None = None
     """Solution of the first phase, which finds the mask; None before its end."""
 
@@ -86,20 +94,37 @@ class Bucket:
         return len(self.queue) + sum(part is not None for part in self.parts)
 
     def turn(self) -> list[Job]:
-        """Fills the lanes, advances them until a group is done, and finishes this group; returns the complete images."""
+        """Fills the lanes, advances them until a group is done, and finishes this group; returns the complete images.
+
+        With a time limit, lanes advance to the next check only, and parts that are late are done.
+        """
         s = self.setup
         self._fill()
         busy = np.array([part is not None for part in self.parts])
-        enough = min(self.group_size, int(busy.sum()))
-        inputs = s.detector, s.settings, jnp.asarray(busy), jnp.asarray(enough)
-        self.lanes, going = s.call(self.advance, inputs, self.lanes)
-        going = np.atleast_1d(np.asarray(going))
-        done = [(place, part) for place, part in enumerate(self.parts) if part is not None and not going[place]]
+        enough, most = min(self.group_size, int(busy.sum())), NO_LIMIT if s.budget is None else 1
+        going = self._going()
+        if (going & ~self._late()).any():  # with no steps to take, the program of the steps is not even compiled
+            inputs = s.detector, s.settings, jnp.asarray(busy), jnp.asarray(enough), jnp.asarray(most)
+            self.lanes, going = s.call(self.advance, inputs, self.lanes)
+            going = np.atleast_1d(np.asarray(going))
+        late = self._late()
+        done = [(i, part) for i, part in enumerate(self.parts) if part is not None and (late[i] or not going[i])]
         complete = self._write_back([(place, part) for place, part in done if part.found is not None])
-        self._draw([(place, part) for place, part in done if part.found is None])
+        self._draw([(place, part) for place, part in done if part.found is None], going)
         if not self.load:  # frees memory: images of many sizes have many buckets
             self.lanes = None
         return complete
+
+    def _going(self) -> Bool[np.ndarray, " l"]:
+        """Returns which lanes hold a part that may take another step."""
+        assert self.lanes is not None
+        iterate, limit = jax.device_get((self.lanes.iterate._replace(context=None, state=None), self.lanes.max_steps))
+        return np.atleast_1d(iterate.going(limit)) & [part is not None for part in self.parts]
+
+    def _late(self) -> Bool[np.ndarray, " l"]:
+        """Returns which lanes hold a part whose time is over."""
+        now = self.setup.call.clock()
+        return np.array([part is not None and part.ends <= now for part in self.parts])
 
     def _fill(self) -> None:
         """Puts parts of the queue into free lanes, and starts all phases that are due."""
@@ -109,6 +134,8 @@ class Bucket:
         for place, part in enumerate(self.parts):
             if part is None and self.queue:
                 part = self.parts[place] = self.queue.popleft()
+                if s.budget is not None:
+                    part.ends = s.call.clock() + part.share * s.budget
                 self.starts.append(Start(place, part.window, part.window.region, 0))
         alone = len(self.parts) == 1
         for group in self._groups(self.starts):
@@ -123,14 +150,19 @@ class Bucket:
                 self.lanes = s.call(programs.insert, (started, jnp.asarray(places)), self.lanes)
         self.starts = []
 
-    def _draw(self, done: list[tuple[int, Part]]) -> None:
-        """Draws the masks of parts whose first phase is over; their second phase starts at the next turn."""
+    def _draw(self, done: list[tuple[int, Part]], going: Bool[np.ndarray, " l"]) -> None:
+        """Draws the masks of parts whose first phase is over; their second phase starts at the next turn.
+
+        A part that was still ``going`` is late.
+        """
         s = self.setup
         for group in self._groups(done):
             places, parts = zip(*group, strict=True)
             inputs = s.detector, tuple(part.window for part in parts), s.settings, jnp.asarray(places)
             for place, part, found in zip(places, parts, s.call(programs.draw, inputs, self.lanes), strict=True):
                 if part.found is None:  # a part that fills up the group comes twice
+                    if going[place]:
+                        found = dataclasses.replace(found, outcome=jnp.int32(Outcome.TIME_LIMIT))
                     part.found = found
                     self.starts.append(Start(place, part.window, found.mask, 1))
 
@@ -198,10 +230,13 @@ class Device(Worker):
             if not region.any() or np.asarray(blank.outcome) == Outcome.COVERS_IMAGE:
                 return self._results([job])
             sizes = tiling.WINDOWS if s.windows and s.detector.local else ()
-            for part, size in tiling.divided(region, s.settings.margin, s.detector.stride, sizes):
+            parts = tiling.divided(region, s.settings.margin, s.detector.stride, sizes)
+            total = sum(h * w for _, (h, w) in parts)
+            for part, size in parts:
                 crop = tiling.crop_size(part, size, full, s.settings.margin if s.windows else None)
                 window = s.call(programs.around, s.detector, unit, coarse, jnp.asarray(part), size, crop)
-                self.buckets.setdefault((size, crop, full), Bucket(s)).queue.append(Part(job, window))
+                item = Part(job, window, size[0] * size[1] / total)
+                self.buckets.setdefault((size, crop, full), Bucket(s)).queue.append(item)
                 job.num_unfinished += 1
             return []
 

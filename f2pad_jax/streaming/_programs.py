@@ -8,6 +8,7 @@ since a CPU runs faster without the axis.
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Setup:
     """Number of lanes of a bucket; None: as many as memory allows, up to ``max_lanes``."""
     max_lanes: int
     call: "Calls"
+    budget: float | int | None = None
+    """Time that the solver may take for an image, seconds; None: no limit."""
 
 
 class Calls:
@@ -55,6 +58,12 @@ class Calls:
 
     def __init__(self):
         self.lock, self.seen = threading.Lock(), set()
+        self.first_calls_s = 0.0
+        """Time that first calls have taken, seconds."""
+
+    def clock(self) -> float:
+        """Returns a time that stands still while a program is compiled, seconds."""
+        return time.monotonic() - self.first_calls_s
 
     def __call__(self, function: Callable, *inputs: Any, **options: Any) -> Any:
         """Returns the function's outputs."""
@@ -63,8 +72,10 @@ class Calls:
         if key not in self.seen:
             with self.lock:
                 if key not in self.seen:
+                    began = time.monotonic()
                     outputs = function(*inputs, **options)
                     self.seen.add(key)
+                    self.first_calls_s += time.monotonic() - began
                     return outputs
         return function(*inputs, **options)
 
@@ -130,17 +141,23 @@ def insert(started: tuple[Run, Int[Array, " g"]], lanes: Run) -> Run:
 
 
 def advance(
-    inputs: tuple[AbstractDetector, Settings, Bool[Array, " l"], Int[Array, ""]], lanes: Run
+    inputs: tuple[AbstractDetector, Settings, Bool[Array, " l"], Int[Array, ""], Int[Array, ""]], lanes: Run
 ) -> tuple[Run, Bool[Array, "*l"]]:
-    """Advances the lanes (lines 4-8) until ``enough`` busy lanes are done; returns all lanes, and which of them go on."""
-    detector, settings, busy, enough = inputs
+    """Advances the lanes (lines 4-8) until ``enough`` busy lanes are done, at most ``most`` times.
+
+    Returns all lanes, and which of them go on.
+    """
+    detector, settings, busy, enough, most = inputs
     alone = is_alone(lanes)
     going = each(lambda run: run.going, alone)
 
-    def unfinished(lanes: Run) -> Bool[Array, ""]:
-        return jnp.sum(busy & ~going(lanes)) < enough
+    def unfinished(state: tuple[Int[Array, ""], Run]) -> Bool[Array, ""]:
+        return (state[0] < most) & (jnp.sum(busy & ~going(state[1])) < enough)
 
-    end = jax.lax.while_loop(unfinished, each(lambda run: algorithm.advance(detector, settings, run), alone), lanes)
+    def further(state: tuple[Int[Array, ""], Run]) -> tuple[Int[Array, ""], Run]:
+        return state[0] + 1, each(lambda run: algorithm.advance(detector, settings, run), alone)(state[1])
+
+    _, end = jax.lax.while_loop(unfinished, further, (jnp.zeros((), jnp.int32), lanes))
     return end, going(end)
 
 
@@ -208,7 +225,7 @@ def compiled(setup: Setup, lane: Run, limit: int | None) -> tuple[Callable, int]
     count, bytes_each = setup.max_lanes, sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
     while limit and count > 1:
         if count * bytes_each <= MEMORY_SHARE * limit:
-            busy = jnp.ones(count, bool), jnp.asarray(1)
+            busy = jnp.ones(count, bool), jnp.asarray(1), jnp.asarray(1)
             program = advance_jit.lower((setup.detector, setup.settings, *busy), repeated(lane, count)).compile()
             if program_bytes(program) <= MEMORY_SHARE * limit:
                 return program, count
