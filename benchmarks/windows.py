@@ -33,6 +33,7 @@ from f2pad_jax.method._tiling import WINDOWS, crop_size, divided
 from f2pad_jax.method.algorithm import Solved, untouched
 from f2pad_jax.solvers import Descent
 from f2pad_jax.streaming import _programs as programs
+from f2pad_jax.streaming._buckets import NO_LIMIT
 
 PARTS = ("images", "areas", "resolutions")
 """Parts of the benchmark, in their order."""
@@ -103,7 +104,7 @@ def solve_part(
     def run_phase(region: jax.Array, phase: int):
         phases = jnp.full(1, phase)
         lanes = programs.start(detector, (window,), (region,), phases, settings, exemplar, alone=True)
-        return programs.advance_jit((detector, settings, busy, enough, jnp.asarray(2**30)), lanes)[0]
+        return programs.advance_jit((detector, settings, busy, enough, jnp.asarray(NO_LIMIT)), lanes)[0]
 
     lanes = run_phase(window.region, 0)
     (found,) = programs.draw((detector, (window,), settings, place[None]), lanes)

@@ -32,6 +32,11 @@ def programs_folder() -> Path:
     return user_cache() / "programs"
 
 
+def folder_size(folder: Path) -> int:
+    """Returns the size of all files in a folder and its subfolders, bytes; 0 if the folder is missing."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def keep_programs() -> None:
     """Makes JAX keep the process's compiled programs in the user's cache for later processes.
 

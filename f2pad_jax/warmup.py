@@ -54,7 +54,7 @@ def warm_up(
         CheckpointError: the inpainter is unknown, or its weights are missing or damaged.
         OptionError: an argument is of another type, or ``lanes`` is less than 1.
     """
-    constants = dataclasses.replace(settings or Settings(), max_steps=1, restore_steps=1, false_alarms=1.0)
+    constants = dataclasses.replace(settings or Settings(), max_steps=1, restore_steps=1)
     use_windows = on_cpu() if windows is None else windows
     found = _shapes(detector, size_of(to_unit(image)), constants, use_windows)
     options = {"settings": constants, "inpaint": inpaint, "windows": use_windows, "lanes": lanes}
@@ -83,15 +83,15 @@ def _shapes(
     height, width = detector.size
     sizes = tiling.WINDOWS if windows and detector.local else ()
     masks: dict[Shape, Bool[np.ndarray, "h w"]] = {}
-    grown = settings.dilation  # the suspect region is larger than the mask
+    margin, grown = settings.margin, settings.dilation  # the suspect region is the mask, grown
     middles = [(height // 2 - side // 2, width // 2 - side // 2, side) for side in range(1, max(height, width))]
     for top, left, side in [(0, 0, side) for side in range(1, max(height, width) - grown - 1)] + middles:
         mask = _square(detector.size, top, left, side)
         region = _square(detector.size, top - grown, left - grown, side + 2 * grown)
         if region.all():
             continue
-        (_, size), *_ = tiling.divided(region, settings.margin, detector.stride, sizes)
-        crop = tiling.crop_size(region, size, full, settings.margin if windows else None)
+        size = detector.size if margin is None else tiling.window_size(region, margin, detector.stride, sizes)
+        crop = tiling.crop_size(region, size, full, margin if windows else None)
         masks.setdefault((size, crop), mask)
     return masks
 

@@ -81,11 +81,8 @@ def recipe_of(model: Path, options: Mapping[str, Any]) -> Record:
         options: options of ``_refine_files.worker``.
     """
     recipe = {"version": __version__, "model": str(model), "sha256": file_sha256(model), "inpaint": options["inpaint"]}
-    recipe |= {
-        "history": options.get("history", False),
-        "budget": options["budget"],
-        "settings": options["settings"].described(),
-    }
+    recipe |= {"history": options.get("history", False), "budget": options["budget"]}
+    recipe |= {"settings": options["settings"].described()}
     return recipe | options["reported"]._asdict() | {n: checksum_of(options.get(n)) for n in ("ignore", "maps", "masks")}
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from rich.filesize import decimal
 
-from f2pad_jax._cache import programs_folder
+from f2pad_jax._cache import folder_size, programs_folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the number and the size of the programs, or deletes them."""
     folder = programs_folder()
     files = [file for file in folder.glob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    print(f"{sum(file.name.endswith('-cache') for file in files)} programs, {decimal(size)}, in {folder}")
+    count = sum(file.name.endswith("-cache") for file in files)
+    print(f"{count} programs, {decimal(folder_size(folder))}, in {folder}")
     if arguments.action == "clear":
         for file in files:
             file.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from rich.filesize import decimal
 
-from f2pad_jax._cache import keep_programs, programs_folder
+from f2pad_jax._cache import folder_size, keep_programs, programs_folder
 from f2pad_jax._version import __version__
 from f2pad_jax.backbones._fetch import list_weights
 from f2pad_jax.backbones._weight_files import cache_folder, manifest, package_file
@@ -80,5 +80,4 @@ def _described(folder: Path) -> str:
     """Returns a folder with the size of its files, and the room on its disk."""
     if not folder.exists():
         return f"{folder} (not there yet)"
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return f"{folder} ({decimal(size)}, {decimal(shutil.disk_usage(folder).free)} free)"
+    return f"{folder} ({decimal(folder_size(folder))}, {decimal(shutil.disk_usage(folder).free)} free)"

@@ -5,7 +5,7 @@ import time
 
 from rich.filesize import decimal
 
-from f2pad_jax._cache import programs_folder
+from f2pad_jax._cache import folder_size, programs_folder
 from f2pad_jax.commands._console import shown_progress
 from f2pad_jax.commands._refine_options import add_method, add_model, method_options
 from f2pad_jax.detectors.saving import load_detector
@@ -31,5 +31,5 @@ def run(arguments: argparse.Namespace) -> None:
     for image in sizes.values():
         with shown_progress() as progress:
             count += warm_up(detector, image, progress=progress, **options)
-    kept = sum(file.stat().st_size for file in programs_folder().glob("*") if file.is_file())
-    print(f"{count} windows of {len(sizes)} image sizes, in {time.monotonic() - began:.0f} s; {decimal(kept)} are kept")
+    seconds, kept = time.monotonic() - began, folder_size(programs_folder())
+    print(f"{count} windows of {len(sizes)} image sizes, in {seconds:.0f} s; {decimal(kept)} are kept")

@@ -124,9 +124,9 @@ class Run(eqx.Module):
     """Limit of steps."""
 
     @property
-    def going(self) -> Bool[Array, ""]:
+    def going(self) -> Bool[Array, "*l"]:
         """Whether another step may be taken."""
-        return jnp.asarray(self.iterate.going(self.max_steps))
+        return self.iterate.going(self.max_steps)
 
     def with_detector(self, detector: AbstractDetector) -> Problem:
         """Returns the problem with its detector."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from f2pad_jax.detectors.base import Context
@@ -73,7 +72,7 @@ class Iterate(NamedTuple):
     converged: Bool[Array, ""]
     """Whether a stopping rule applied."""
 
-    def going(self, max_steps: int | Int[Array | np.ndarray, "*l"]) -> Bool[Array | np.ndarray, "*l"] | np.bool:
+    def going(self, max_steps: int | Int[Array, "*l"]) -> Bool[Array, "*l"]:
         """Returns whether another step may be taken."""
         return ~self.converged & ~self.failed & (self.steps < max_steps)
 

@@ -118,8 +118,7 @@ class Bucket:
     def _going(self) -> Bool[np.ndarray, " l"]:
         """Returns which lanes hold a part that may take another step."""
         assert self.lanes is not None
-        iterate, limit = jax.device_get((self.lanes.iterate._replace(context=None, state=None), self.lanes.max_steps))
-        return np.atleast_1d(iterate.going(limit)) & [part is not None for part in self.parts]
+        return np.atleast_1d(np.asarray(self.lanes.going)) & [part is not None for part in self.parts]
 
     def _late(self) -> Bool[np.ndarray, " l"]:
         """Returns which lanes hold a part whose time is over."""

@@ -149,16 +149,15 @@ def advance(
     """
     detector, settings, busy, enough, most = inputs
     alone = is_alone(lanes)
-    going = each(lambda run: run.going, alone)
 
     def unfinished(state: tuple[Int[Array, ""], Run]) -> Bool[Array, ""]:
-        return (state[0] < most) & (jnp.sum(busy & ~going(state[1])) < enough)
+        return (state[0] < most) & (jnp.sum(busy & ~state[1].going) < enough)
 
     def further(state: tuple[Int[Array, ""], Run]) -> tuple[Int[Array, ""], Run]:
         return state[0] + 1, each(lambda run: algorithm.advance(detector, settings, run), alone)(state[1])
 
     _, end = jax.lax.while_loop(unfinished, further, (jnp.zeros((), jnp.int32), lanes))
-    return end, going(end)
+    return end, end.going
 
 
 advance_jit = eqx.filter_jit(advance, donate="all-except-first")
