@@ -524,8 +524,8 @@ def test_programs_are_kept_in_the_users_cache(tmp_path, monkeypatch, capsys):
     code = """
 import jax
 from f2pad_jax.backbones import load_backbone
-backbone = load_backbone("efficientnet-lite0", layers=("stage2",))
-jax.block_until_ready(jax.jit(lambda x: backbone(x))(jax.numpy.ones((32, 32, 3))))
+backbone = load_backbone("efficientnet-lite0", layers=("stage5",))  # takes seconds, far above the least of 0.1 s
+jax.block_until_ready(jax.jit(jax.grad(lambda x: backbone(x)[0].sum()))(jax.numpy.ones((64, 64, 3))))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert main(["cache"]) == 0

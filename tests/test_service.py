@@ -261,6 +261,31 @@ def test_an_error_ends_no_stream():
     assert all(result.done() for result in many)  # closing answers all
 
 
+def test_images_keep_their_order_if_a_thread_still_pulls_for_a_call_that_failed():
+    """Such a thread put its image back behind the end, where nobody answered it."""
+    order, calls = [], 0
+
+    def fails_once(source, on_error):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            next(source)
+            threading.Thread(target=lambda: next(source, None)).start()
+            raise MemoryError("no room")
+        for image in source:
+            order.append(image)
+            yield image
+
+    for _ in range(50):
+        order, calls = [], 0
+        live = Live(fails_once)
+        with pytest.raises(MemoryError):
+            live.submit(0).result(10)
+        many = [live.submit(k) for k in range(10)]
+        live.close()
+        assert order == list(range(10)) and all(result.done() for result in many)
+
+
 def test_a_stream_that_cannot_start_still_answers():
     def broken(source, on_error):
         raise MemoryError("no room")

@@ -2,7 +2,6 @@
 
 import collections
 import logging
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -24,23 +23,30 @@ class Live:
 
     def __init__(self, refine: Callable[..., Iterator[Refined]]):
         self._refine = refine
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: collections.deque[Job | None] = collections.deque()
+        """Images in the order in which they arrived; None at the end, once the queue is closed."""
         self._taken: collections.deque[Future[Refined]] = collections.deque()
         """Results that the present call owes, in their order."""
-        self._changing = threading.Lock()
+        self._changed = threading.Condition()
+        """Lock of both queues. It tells the threads that wait for an image of a new image, and of the end of their call."""
         self._thread = threading.Thread(target=self._serve, name="f2pad-live", daemon=True)
         self._thread.start()
 
     def submit(self, image: Any) -> "Future[Refined]":
         """Queues an image, and returns its result to be; the result is an F2padError for an image that can't be used."""
         result: Future[Refined] = Future()
-        self._waiting.put((image, result))
+        self._append((image, result))
         return result
 
     def close(self) -> None:
         """Refines the images of the queue, and ends."""
-        self._waiting.put(None)
+        self._append(None)
         self._thread.join()
+
+    def _append(self, job: Job | None) -> None:
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify_all()
 
     def _serve(self) -> None:
         while not self._refine_until_failure():
@@ -55,13 +61,15 @@ class Live:
             return True
         except Exception as error:
             logging.getLogger(__name__).exception("refining failed, and starts again")
-            with self._changing:
+            with self._changed:
                 self._taken = collections.deque()
-            if not taken:  # the call took no image: without an answer to the next one it would fail for ever
-                job = self._waiting.get()
-                if job is None:
-                    return True
-                taken.append(job[1])
+                self._changed.notify_all()
+                if not taken:  # the call took no image: without an answer to the next one it would fail for ever
+                    self._changed.wait_for(lambda: self._waiting)
+                    job = self._waiting.popleft()
+                    if job is None:
+                        return True
+                    taken.append(job[1])
             for result in taken:
                 result.set_exception(error)
             return False
@@ -69,14 +77,14 @@ class Live:
     def _images(self, taken: "collections.deque[Future[Refined]]") -> Iterator[Any]:
         """Yields the images of the queue, and notes in ``taken`` which results are owed."""
         while True:
-            job = self._waiting.get()
-            with self._changing:
-                if taken is not self._taken:  # this call has failed; the image is for the next call
-                    self._waiting.put(job)
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or taken is not self._taken)
+                if taken is not self._taken:  # this call has failed; the images are for the next call
                     return
-                if job is None:
-                    self._waiting.put(None)  # for the next call, if this one fails before its end
+                job = self._waiting[0]
+                if job is None:  # it stays for the next call, if this one fails before its end
                     return
+                self._waiting.popleft()
                 image, result = job
                 if not result.set_running_or_notify_cancel():
                     continue
