@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,8 +41,7 @@ def archives(tmp_path_factory):
     """The source archive of this checkout, and the wheel that is built from the unpacked archive."""
     folder = tmp_path_factory.mktemp("release")
     sdist = build(ROOT, "sdist", folder / "sdist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "source", filter="data")
+    shutil.unpack_archive(sdist, folder / "source")  # Python before 3.11.4 has no extractall(filter=)
     (source,) = (folder / "source").iterdir()
     return sdist, build(source, "wheel", folder / "wheel")
 
